@@ -1,0 +1,122 @@
+// The only C++ file that knows Python: DLPack capsules in, exceptions out.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "enginepost/adamw.h"
+#include "enginepost/core.h"
+#include "enginepost/glu.h"
+#include "enginepost/norm.h"
+#include "enginepost/rope.h"
+
+namespace py = pybind11;
+
+namespace {
+
+// Borrows the DLTensor of a capsule, or of anything with __dlpack__; None is a null pointer. The capsule is not consumed: its own
+// destructor frees it.
+class Arg {
+ public:
+  explicit Arg(const py::object &o) {
+    if (o.is_none()) return;
+    capsule_ = PyCapsule_CheckExact(o.ptr()) ? o : o.attr("__dlpack__")();
+    void *p = PyCapsule_GetPointer(capsule_.ptr(), "dltensor");
+    if (p == nullptr) throw py::error_already_set();
+    tensor_ = &static_cast<DLManagedTensor *>(p)->dl_tensor;
+  }
+  operator const DLTensor *() const { return tensor_; }
+  const DLTensor *operator->() const { return tensor_; }
+
+ private:
+  py::object capsule_;
+  const DLTensor *tensor_ = nullptr;
+};
+
+template <class Call>
+void run(Call &&call) {
+  int status;
+  std::string message;
+  {
+    py::gil_scoped_release release;
+    status = call();
+    if (status != EP_OK) message = ep_last_error();  // of this thread: read it before another call replaces it
+  }
+  if (status == EP_OK) return;
+  if (status == EP_INVALID_ARGUMENT) throw py::value_error(message);
+  throw std::runtime_error(message);
+}
+
+using O = const py::object &;
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "enginepost's native kernels; use enginepost.kernels instead.";
+
+  m.def("isa", [] { return std::string(ep_cpu_isa()); });
+  m.def("isas", [] {
+    py::list out;
+    std::string all = ep_cpu_isas();
+    for (size_t at = 0; at < all.size();) {
+      size_t end = all.find(',', at);
+      if (end == std::string::npos) end = all.size();
+      out.append(all.substr(at, end - at));
+      at = end + 1;
+    }
+    return out;
+  });
+  m.def("set_num_threads", &ep_set_num_threads);
+  static bool openmp = false;
+  m.def("use_openmp", [](std::uintptr_t address) {
+    ep_use_openmp(reinterpret_cast<void *>(address));
+    openmp = address != 0;
+  });
+  m.def("uses_openmp", [] { return openmp; });
+
+  m.def("rms_norm_forward", [](O x, O weight, O y, O rstd, double eps, double offset) {
+    Arg a(x), b(weight), c(y), d(rstd);
+    run([&] { return ep_rms_norm_forward(a, b, c, d, eps, offset, nullptr); });
+  });
+  m.def("add_rms_norm_forward", [](O x, O residual, O weight, O y, O h, O rstd, double eps, double offset) {
+    Arg a(x), b(residual), c(weight), d(y), e(h), f(rstd);
+    run([&] { return ep_add_rms_norm_forward(a, b, c, d, e, f, eps, offset, nullptr); });
+  });
+  m.def("rms_norm_backward", [](O dy, O dh, O x, O weight, O rstd, O dx, O dweight, double offset) {
+    Arg a(dy), b(dh), c(x), d(weight), e(rstd), f(dx), g(dweight);
+    const DLTensor *xt = c;
+    std::vector<char> workspace;
+    if (static_cast<const DLTensor *>(g) != nullptr && xt != nullptr && xt->ndim == 2) {
+      workspace.resize(size_t(ep_rms_norm_backward_workspace_bytes(xt->shape[0], xt->shape[1])));
+    }
+    run([&] { return ep_rms_norm_backward(a, b, c, d, e, f, g, workspace.data(), offset, nullptr); });
+  });
+
+  m.def("rope", [](O x, O cos, O sin, O y, int64_t heads, bool inverse) {
+    Arg a(x), b(cos), c(sin), d(y);
+    run([&] { return ep_rope(a, b, c, d, heads, inverse, nullptr); });
+  });
+
+  m.def("glu_forward", [](O x, O y, int activation) {
+    Arg a(x), b(y);
+    run([&] { return ep_glu_forward(a, b, activation, nullptr); });
+  });
+  m.def("glu_backward", [](O dy, O x, O dx, int activation) {
+    Arg a(dy), b(x), c(dx);
+    run([&] { return ep_glu_backward(a, b, c, activation, nullptr); });
+  });
+
+  m.def("adamw_step", [](O param, O grad, O exp_avg, O exp_avg_sq, O master, double lr, double beta1, double beta2, double eps,
+                         double weight_decay, int64_t step, double grad_scale) {
+    Arg a(param), b(grad), c(exp_avg), d(exp_avg_sq), e(master);
+    ep_adamw_params p{lr, beta1, beta2, eps, weight_decay, step, grad_scale};
+    run([&] { return ep_adamw_step(a, b, c, d, e, p, nullptr); });
+  });
+  m.def("sum_squares", [](O x) {
+    Arg a(x);
+    double result = 0;
+    run([&] { return ep_sum_squares(a, &result, nullptr); });
+    return result;
+  });
+}

@@ -1,0 +1,39 @@
+// A checked view of a DLTensor, and the checks that fill it. Used only by the extern "C" functions; kernels get plain pointers.
+#pragma once
+
+#include <cstdint>
+
+#include "enginepost/core.h"
+
+namespace ep {
+
+enum Dtype : unsigned { F32 = 1, BF16 = 2, I32 = 4, I64 = 8 };
+constexpr unsigned FLOATS = F32 | BF16;
+
+struct Tensor {
+  char *data = nullptr;
+  unsigned dtype = 0;
+  int64_t size = 0;
+  int64_t shape[4] = {};
+  int64_t stride[4] = {};  // elements
+  bool contiguous = true;
+  explicit operator bool() const { return data != nullptr; }
+};
+
+// Writes the thread's error message and returns `status`.
+int fail(int status, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+// Fills `out` or writes an error and returns false: device, dtype, rank, strides, alignment.
+bool view(Tensor &out, const DLTensor *t, const char *fn, const char *name, int ndim, unsigned dtypes);
+
+}  // namespace ep
+
+// Inside an extern "C" function that has `const char *fn`.
+#define EP_VIEW(out, t, ndim, dtypes) \
+  ep::Tensor out;                     \
+  if (!ep::view(out, t, fn, #t, ndim, dtypes)) return EP_INVALID_ARGUMENT
+#define EP_VIEW_OPTIONAL(out, t, ndim, dtypes) \
+  ep::Tensor out;                              \
+  if (t != nullptr && !ep::view(out, t, fn, #t, ndim, dtypes)) return EP_INVALID_ARGUMENT
+#define EP_REQUIRE(condition, ...) \
+  if (!(condition)) return ep::fail(EP_INVALID_ARGUMENT, __VA_ARGS__)

@@ -1,0 +1,28 @@
+/* AdamW with decoupled weight decay, one tensor a call: see enginepost/kernels/adamw.py for the formula. */
+#ifndef ENGINEPOST_ADAMW_H_
+#define ENGINEPOST_ADAMW_H_
+
+#include "enginepost/core.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct {
+  double lr, beta1, beta2, eps, weight_decay;
+  int64_t step;      /* from 1 */
+  double grad_scale; /* multiplies the gradient: the clip of the global norm */
+} ep_adamw_params;
+
+/* param, grad (N) float32 or bfloat16; exp_avg, exp_avg_sq (N) float32; master (N) float32 or NULL: the exact parameter where param
+ * is bfloat16. Updated in place. */
+EP_EXPORT int ep_adamw_step(const DLTensor *param, const DLTensor *grad, const DLTensor *exp_avg, const DLTensor *exp_avg_sq,
+                            const DLTensor *master, ep_adamw_params params, void *stream);
+
+/* *result = sum of squares of x (N), float64 in a fixed order. */
+EP_EXPORT int ep_sum_squares(const DLTensor *x, double *result, void *stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
