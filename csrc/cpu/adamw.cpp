@@ -26,7 +26,7 @@ struct SumSquares {
   double *partial;  // one per block
 };
 constexpr int64_t BLOCK = 16384;
-inline int64_t blocks(int64_t size) { return (size + BLOCK - 1) / BLOCK; }
+static inline int64_t blocks(int64_t size) { return (size + BLOCK - 1) / BLOCK; }
 }  // namespace ep
 
 EP_KERNEL(adamw_step, AdamW)
@@ -116,10 +116,21 @@ extern "C" int ep_adamw_step(const DLTensor *param, const DLTensor *grad, const 
   EP_REQUIRE(params.beta1 >= 0 && params.beta1 < 1 && params.beta2 >= 0 && params.beta2 < 1, "%s: betas must be in [0, 1)", fn);
   if (size == 0) return EP_OK;
   const double c1 = 1 - std::pow(params.beta1, double(params.step)), c2 = 1 - std::pow(params.beta2, double(params.step));
-  AdamW args{pv.data, gv.data, reinterpret_cast<float *>(mv.data), reinterpret_cast<float *>(vv.data),
-             reinterpret_cast<float *>(wv.data), size, float(params.beta1), float(params.beta2), float(params.eps),
-             float(1 - params.lr * params.weight_decay), float(params.lr / c1), float(1 / c2), float(params.grad_scale),
-             pv.dtype == BF16, gv.dtype == BF16};
+  AdamW args{pv.data,
+             gv.data,
+             reinterpret_cast<float *>(mv.data),
+             reinterpret_cast<float *>(vv.data),
+             reinterpret_cast<float *>(wv.data),
+             size,
+             float(params.beta1),
+             float(params.beta2),
+             float(params.eps),
+             float(1 - params.lr * params.weight_decay),
+             float(params.lr / c1),
+             float(1 / c2),
+             float(params.grad_scale),
+             pv.dtype == BF16,
+             gv.dtype == BF16};
   EP_RUN(adamw_step, args);
   return EP_OK;
 }

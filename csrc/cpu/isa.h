@@ -14,26 +14,36 @@ enum class Isa { portable, avx2, avx512, avx512bf16 };
 Isa cpu_isa();
 
 #if defined(EP_X86)
-#define EP_KERNEL(name, Args)                       \
-  namespace ep {                                    \
-  namespace portable { void name(const Args &); }   \
-  namespace avx2 { void name(const Args &); }       \
-  namespace avx512 { void name(const Args &); }     \
-  namespace avx512bf16 { void name(const Args &); } \
+#define EP_KERNEL(name, Args) \
+  namespace ep {              \
+  namespace portable {        \
+  void name(const Args &);    \
+  }                           \
+  namespace avx2 {            \
+  void name(const Args &);    \
+  }                           \
+  namespace avx512 {          \
+  void name(const Args &);    \
+  }                           \
+  namespace avx512bf16 {      \
+  void name(const Args &);    \
+  }                           \
   }
-#define EP_RUN(name, args)                                        \
-  do {                                                            \
-    switch (ep::cpu_isa()) {                                      \
+#define EP_RUN(name, args)                                         \
+  do {                                                             \
+    switch (ep::cpu_isa()) {                                       \
       case ep::Isa::avx512bf16: ep::avx512bf16::name(args); break; \
-      case ep::Isa::avx512: ep::avx512::name(args); break;        \
-      case ep::Isa::avx2: ep::avx2::name(args); break;            \
-      default: ep::portable::name(args);                          \
-    }                                                             \
+      case ep::Isa::avx512: ep::avx512::name(args); break;         \
+      case ep::Isa::avx2: ep::avx2::name(args); break;             \
+      default: ep::portable::name(args);                           \
+    }                                                              \
   } while (0)
 #else
-#define EP_KERNEL(name, Args)                     \
-  namespace ep {                                  \
-  namespace portable { void name(const Args &); } \
+#define EP_KERNEL(name, Args) \
+  namespace ep {              \
+  namespace portable {        \
+  void name(const Args &);    \
+  }                           \
   }
 #define EP_RUN(name, args) ep::portable::name(args)
 #endif

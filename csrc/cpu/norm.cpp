@@ -32,7 +32,7 @@ struct NormBackward {
 };
 
 constexpr int64_t ROWS = 16;
-inline int64_t norm_tasks(int64_t rows) { return (rows + ROWS - 1) / ROWS; }
+static inline int64_t norm_tasks(int64_t rows) { return (rows + ROWS - 1) / ROWS; }
 
 }  // namespace ep
 
@@ -187,9 +187,18 @@ static int forward(const char *fn, const DLTensor *x, const DLTensor *residual, 
     if (int status = check_rows(fn, "h", hv, xv)) return status;
   }
   if (xv.size == 0) return EP_OK;
-  NormForward args{xv.data, add ? residual_view.data : nullptr, wv.data, yv.data, add ? hv.data : nullptr,
-                   reinterpret_cast<float *>(rv.data), xv.shape[0], xv.shape[1], float(eps), float(offset),
-                   xv.dtype == BF16, wv.dtype == BF16};
+  NormForward args{xv.data,
+                   add ? residual_view.data : nullptr,
+                   wv.data,
+                   yv.data,
+                   add ? hv.data : nullptr,
+                   reinterpret_cast<float *>(rv.data),
+                   xv.shape[0],
+                   xv.shape[1],
+                   float(eps),
+                   float(offset),
+                   xv.dtype == BF16,
+                   wv.dtype == BF16};
   EP_RUN(norm_forward, args);
   return EP_OK;
 }
@@ -232,9 +241,19 @@ extern "C" int ep_rms_norm_backward(const DLTensor *dy, const DLTensor *dh, cons
     }
   }
   if (xv.size == 0) return EP_OK;
-  NormBackward args{dyv.data, dhv.data, xv.data, wv.data, reinterpret_cast<const float *>(rv.data), dxv.data, dwv.data,
-                    dweight ? static_cast<float *>(workspace) : nullptr, xv.shape[0], xv.shape[1], float(offset),
-                    xv.dtype == BF16, wv.dtype == BF16};
+  NormBackward args{dyv.data,
+                    dhv.data,
+                    xv.data,
+                    wv.data,
+                    reinterpret_cast<const float *>(rv.data),
+                    dxv.data,
+                    dwv.data,
+                    dweight ? static_cast<float *>(workspace) : nullptr,
+                    xv.shape[0],
+                    xv.shape[1],
+                    float(offset),
+                    xv.dtype == BF16,
+                    wv.dtype == BF16};
   EP_RUN(norm_backward, args);
   return EP_OK;
 }

@@ -77,8 +77,19 @@ extern "C" int ep_rope(const DLTensor *x, const DLTensor *cos, const DLTensor *s
   if (xv.size == 0) return EP_OK;
   EP_REQUIRE(xv.stride[1] == dim && yv.stride[1] == dim, "%s: heads of x and y must be contiguous", fn);
   EP_REQUIRE(yv.stride[0] >= xv.shape[1] * dim || tokens == 1, "%s: tokens of y overlap", fn);
-  Rope args{xv.data, reinterpret_cast<const float *>(cv.data), reinterpret_cast<const float *>(sv.data), yv.data, tokens,
-            xv.shape[1], heads, dim, half, xv.stride[0], yv.stride[0], inverse != 0, xv.dtype == BF16};
+  Rope args{xv.data,
+            reinterpret_cast<const float *>(cv.data),
+            reinterpret_cast<const float *>(sv.data),
+            yv.data,
+            tokens,
+            xv.shape[1],
+            heads,
+            dim,
+            half,
+            xv.stride[0],
+            yv.stride[0],
+            inverse != 0,
+            xv.dtype == BF16};
   EP_RUN(rope_rotate, args);
   return EP_OK;
 }

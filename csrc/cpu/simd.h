@@ -88,9 +88,7 @@ static inline V zero() { return {_mm256_setzero_ps()}; }
 static inline V load(const float *p) { return {_mm256_loadu_ps(p)}; }
 static inline V widen(__m128i h) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))}; }
 static inline V load(const bf16 *p) { return widen(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))); }
-static inline __m256i lanes(int n) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
+static inline __m256i lanes(int n) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)); }
 static inline V load_n(const float *p, int n) { return {_mm256_maskload_ps(p, lanes(n))}; }
 static inline V load_n(const bf16 *p, int n) {
   bf16 t[8] = {};
@@ -201,9 +199,7 @@ static inline V scale2(V a, V n) {
   std::memcpy(&y.v, &g, 32);
   return a * x * y;
 }
-static inline float sum(V a) {
-  return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7]));
-}
+static inline float sum(V a) { return ((a.v[0] + a.v[4]) + (a.v[2] + a.v[6])) + ((a.v[1] + a.v[5]) + (a.v[3] + a.v[7])); }
 static inline float max(V a) {
   float m = a.v[0];
   for (int i = 1; i < N; i++) m = a.v[i] > m ? a.v[i] : m;

@@ -1,0 +1,54 @@
+# Every target sets up what it needs: the virtual environment .venv, the packages, the compiled extension.
+PYTHON ?= python3
+PY := .venv/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt
+
+.PHONY: setup demo test slow-test lint format peers bench clean
+
+setup: .venv/installed
+
+.venv/packages: pyproject.toml constraints.txt
+	@echo "== packages into .venv (torch is the large one; once)"
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(PIP) torch cmake ninja scikit-build-core pybind11
+	@touch $@
+
+.venv/installed: .venv/packages $(NATIVE)
+	@echo "== compiling the extension (a minute the first time, seconds later)"
+	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+demo: setup
+	$(PY) examples/demo/run.py
+
+test: setup
+	$(PY) -m pytest
+
+slow-test: setup
+	$(PY) -m pytest -m slow
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/clang-format --dry-run --Werror $(filter csrc/%,$(NATIVE))
+
+format: setup
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+	.venv/bin/clang-format -i $(filter csrc/%,$(NATIVE))
+
+# The peers that benchmarks run beside us, in an environment of their own.
+peers: .venv-peers/installed
+.venv-peers/installed: bench/peers.txt
+	@echo "== peers into .venv-peers (transformers, peft, trl)"
+	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt -r bench/peers.txt
+	@touch $@
+
+bench: setup
+	$(PY) -m bench all
+
+clean:
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache
