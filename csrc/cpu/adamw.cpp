@@ -16,7 +16,7 @@ struct AdamW {
   const char *grad;
   float *m, *v, *master;
   int64_t size;
-  float beta1, beta2, eps, decay, step_size, inv_c2, scale;
+  float keep1, take1, keep2, take2, eps, decay, step_size, inv_c2, scale;  // keep = beta, take = 1 - beta
   bool param_bf16, grad_bf16;
 };
 struct SumSquares {
@@ -41,9 +41,8 @@ template <class P, class G>
 static void step(const AdamW &a) {
   P *param = reinterpret_cast<P *>(a.param);
   const G *grad = reinterpret_cast<const G *>(a.grad);
-  const V scale = set1(a.scale), keep1 = set1(a.beta1), keep2 = set1(a.beta2), take1 = set1(1.f - a.beta1),
-          take2 = set1(1.f - a.beta2), inv_c2 = set1(a.inv_c2), eps = set1(a.eps), decay = set1(a.decay),
-          step_size = set1(a.step_size);
+  const V scale = set1(a.scale), keep1 = set1(a.keep1), keep2 = set1(a.keep2), take1 = set1(a.take1), take2 = set1(a.take2),
+          inv_c2 = set1(a.inv_c2), eps = set1(a.eps), decay = set1(a.decay), step_size = set1(a.step_size);
   parallel_for(blocks(a.size), [&](int64_t task, int) {
     const int64_t from = task * BLOCK, count = a.size - from < BLOCK ? a.size - from : BLOCK;
     each(count, [&](int64_t j, int n) {
@@ -123,7 +122,9 @@ extern "C" int ep_adamw_step(const DLTensor *param, const DLTensor *grad, const 
              reinterpret_cast<float *>(wv.data),
              size,
              float(params.beta1),
+             float(1 - params.beta1),
              float(params.beta2),
+             float(1 - params.beta2),
              float(params.eps),
              float(1 - params.lr * params.weight_decay),
              float(params.lr / c1),
