@@ -63,7 +63,10 @@ def _backward_op(dy: Tensor, gate_up: Tensor, activation: int) -> Tensor:
     width = gate_up.shape[-1]
     dx = torch.empty_like(gate_up)
     core().glu_backward(
-        to_dlpack(dy.view(-1, width // 2)), to_dlpack(gate_up.view(-1, width)), to_dlpack(dx.view(-1, width)), activation
+        to_dlpack(dy.view(-1, width // 2)),
+        to_dlpack(gate_up.view(-1, width)),
+        to_dlpack(dx.view(-1, width)),
+        activation,
     )
     return dx
 

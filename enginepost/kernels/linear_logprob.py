@@ -1,7 +1,7 @@
 """Log-probability of a target token straight from hidden states, without ever holding the logits `[T, V]`.
 
-    z = hidden @ weight^T,  softcap c > 0: z = c * tanh(z / c)
-    lse_t = log sum_v exp(z_tv)      logprob_t = z_t,y(t) - lse_t      entropy_t = lse_t - sum_v p_tv z_tv
+z = hidden @ weight^T,  softcap c > 0: z = c * tanh(z / c)
+lse_t = log sum_v exp(z_tv)      logprob_t = z_t,y(t) - lse_t      entropy_t = lse_t - sum_v p_tv z_tv
 """
 
 import torch

@@ -35,7 +35,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> T
     return torch.ops.enginepost.rms_norm(x, weight, eps, offset)[0]
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """`h = residual + x; y = rms_norm(h)` in one pass.
 
     Args: x, residual `[..., H]` of one dtype; the rest as in `rms_norm`. The norm reads the rounded h, as two separate ops would.
@@ -64,7 +66,9 @@ def _forward(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tens
     return y, rstd
 
 
-def _add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
+def _add_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float
+) -> tuple[Tensor, Tensor, Tensor]:
     x, residual = x.contiguous(), residual.contiguous()
     y, h, rstd = torch.empty_like(x), torch.empty_like(x), _rstd_like(x)
     width = x.shape[-1]
@@ -133,9 +137,7 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _grad(ctx, dy: Tensor, _: Tensor) -> tuple:  # type: ignore[no-untyped-def,type-arg]
     x, weight, rstd = ctx.saved_tensors
-    dx, dweight = torch.ops.enginepost.rms_norm_backward(
-        dy, None, x, weight, rstd, ctx.offset, ctx.needs_input_grad[1]
-    )
+    dx, dweight = torch.ops.enginepost.rms_norm_backward(dy, None, x, weight, rstd, ctx.offset, ctx.needs_input_grad[1])
     return dx, dweight if ctx.needs_input_grad[1] else None, None, None
 
 
@@ -147,9 +149,7 @@ def _add_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _add_grad(ctx, dy: Tensor, dh: Tensor, _: Tensor) -> tuple:  # type: ignore[no-untyped-def,type-arg]
     h, weight, rstd = ctx.saved_tensors
-    dx, dweight = torch.ops.enginepost.rms_norm_backward(
-        dy, dh, h, weight, rstd, ctx.offset, ctx.needs_input_grad[2]
-    )
+    dx, dweight = torch.ops.enginepost.rms_norm_backward(dy, dh, h, weight, rstd, ctx.offset, ctx.needs_input_grad[2])
     return dx, dx, dweight if ctx.needs_input_grad[2] else None, None, None
 
 

@@ -71,7 +71,9 @@ def rope_frequencies(
             attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
         per_dim = torch.tensor(need("long_factor" if seq_len > original else "short_factor"), dtype=torch.float32)
         if per_dim.numel() != dim // 2:
-            raise ValueError(f"longrope factors must have {dim // 2} entries (half the rotated size), got {per_dim.numel()}")
+            raise ValueError(
+                f"longrope factors must have {dim // 2} entries (half the rotated size), got {per_dim.numel()}"
+            )
         return inverse(theta) / per_dim, float(attention)
     raise ValueError(f"rope type {kind!r} is not supported; known: default, linear, dynamic, llama3, yarn, longrope")
 

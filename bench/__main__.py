@@ -1,0 +1,103 @@
+"""`python -m bench [NAME ...|all] [--json FILE]`: run benchmarks, print a table, keep the raw rows."""
+
+import argparse
+import dataclasses
+import datetime
+import importlib
+import json
+import pathlib
+import platform
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+from bench import Options, Row
+
+HERE = pathlib.Path(__file__).parent
+INFRASTRUCTURE = {"__init__", "__main__", "timing"}
+COLUMNS = f"{'case':<52} {'metric':<12} {'ours':>10} {'peer':>10} {'unit':<9} {'ratio':>7} {'roof':>6} {'ms':>9} {'spread':>6}  peer"
+
+
+def names() -> list[str]:
+    """Every benchmark of this directory."""
+    return sorted(p.stem for p in HERE.glob("*.py") if p.stem not in INFRASTRUCTURE)
+
+
+def machine() -> str:
+    model = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo") as f:
+            model = next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    from enginepost.kernels import backend
+
+    return f"{model}, {torch.get_num_threads()} threads, {backend.info()['isa']}, torch {torch.__version__}"
+
+
+def commit() -> str:
+    """Short hash of the checkout, with "+" when the sources differ from it."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", "-C", str(HERE), *args], capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
+
+
+def as_record(row: Row, bench: str, run: dict[str, Any]) -> dict[str, Any]:
+    fields = dataclasses.asdict(row)
+    del fields["better"]
+    return {"bench": bench, **fields, "ratio": row.ratio, **run}
+
+
+def line(row: Row) -> str:
+    def number(value: float | None, suffix: str = "") -> str:
+        return "" if value is None else f"{value:.3g}{suffix}" if abs(value) < 100 else f"{value:.0f}{suffix}"
+
+    return (
+        f"{row.case:<52} {row.metric:<12} {number(row.ours):>10} {number(row.peer_value):>10} {row.unit:<9} "
+        f"{'' if row.ratio is None else f'{row.ratio:.2f}x':>7} {number(row.roof_percent, '%'):>6} "
+        f"{number(row.milliseconds):>9} {number(row.spread_percent, '%'):>6}  {row.peer or ''}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("names", nargs="*", default=[], help=f"all, or some of: {', '.join(names())}")
+    parser.add_argument("--json", metavar="FILE", help="write the raw rows there")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=7, help="timed calls of each candidate, at least 7")
+    arguments = parser.parse_args()
+    wanted = names() if not arguments.names or "all" in arguments.names else arguments.names
+    unknown = [n for n in wanted if n not in names()]
+    if unknown:
+        parser.error(f"no benchmark named {', '.join(unknown)}; there are: {', '.join(names())}")
+    torch.set_num_threads(arguments.threads)
+    options = Options(threads=arguments.threads, rounds=max(7, arguments.rounds))
+    run = {
+        "device": "cpu",
+        "threads": arguments.threads,
+        "machine": machine(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+    records = []
+    print(f"{run['machine']}, commit {run['commit']}\n")
+    for name in wanted:
+        print(f"== {name}\n{COLUMNS}", flush=True)
+        for row in importlib.import_module(f"bench.{name}").run(options):
+            print(line(row), flush=True)
+            records.append(as_record(row, name, run))
+        print()
+    if arguments.json:
+        with open(arguments.json, "w") as f:
+            f.writelines(json.dumps(r) + "\n" for r in records)
+        print(f"{len(records)} rows in {arguments.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
