@@ -81,7 +81,7 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.activation = inputs[1]
 
 
-def _grad(ctx, dy: Tensor) -> tuple:  # type: ignore[no-untyped-def,type-arg]
+def _grad(ctx, dy: Tensor) -> tuple:  # type: ignore[no-untyped-def]
     return torch.ops.enginepost.glu_backward(dy, ctx.saved_tensors[0], ctx.activation), None
 
 

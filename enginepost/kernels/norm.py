@@ -135,7 +135,7 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.mark_non_differentiable(output[1])
 
 
-def _grad(ctx, dy: Tensor, _: Tensor) -> tuple:  # type: ignore[no-untyped-def,type-arg]
+def _grad(ctx, dy: Tensor, _: Tensor) -> tuple:  # type: ignore[no-untyped-def]
     x, weight, rstd = ctx.saved_tensors
     dx, dweight = torch.ops.enginepost.rms_norm_backward(dy, None, x, weight, rstd, ctx.offset, ctx.needs_input_grad[1])
     return dx, dweight if ctx.needs_input_grad[1] else None, None, None
@@ -147,7 +147,7 @@ def _add_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.mark_non_differentiable(output[2])
 
 
-def _add_grad(ctx, dy: Tensor, dh: Tensor, _: Tensor) -> tuple:  # type: ignore[no-untyped-def,type-arg]
+def _add_grad(ctx, dy: Tensor, dh: Tensor, _: Tensor) -> tuple:  # type: ignore[no-untyped-def]
     h, weight, rstd = ctx.saved_tensors
     dx, dweight = torch.ops.enginepost.rms_norm_backward(dy, dh, h, weight, rstd, ctx.offset, ctx.needs_input_grad[2])
     return dx, dx, dweight if ctx.needs_input_grad[2] else None, None, None

@@ -152,7 +152,7 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(cos, sin)
 
 
-def _grad(ctx, dy: Tensor) -> tuple:  # type: ignore[no-untyped-def,type-arg]
+def _grad(ctx, dy: Tensor) -> tuple:  # type: ignore[no-untyped-def]
     cos, sin = ctx.saved_tensors
     return torch.ops.enginepost.rope(dy, cos, sin, ctx.heads, not ctx.inverse), None, None, None, None
 
