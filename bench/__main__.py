@@ -5,10 +5,13 @@ import dataclasses
 import datetime
 import importlib
 import json
+import os
 import pathlib
 import platform
+import re
 import subprocess
 import sys
+import traceback
 from typing import Any
 
 import torch
@@ -16,25 +19,29 @@ import torch
 from bench import Options, Row
 
 HERE = pathlib.Path(__file__).parent
-INFRASTRUCTURE = {"__init__", "__main__", "timing"}
 COLUMNS = f"{'case':<52} {'metric':<12} {'ours':>10} {'peer':>10} {'unit':<9} {'ratio':>7} {'roof':>6} {'ms':>9} {'spread':>6}  peer"
 
 
 def names() -> list[str]:
-    """Every benchmark of this directory."""
-    return sorted(p.stem for p in HERE.glob("*.py") if p.stem not in INFRASTRUCTURE)
+    """Every benchmark of this directory: the modules that have a `run`."""
+    return sorted(p.stem for p in HERE.glob("*.py") if re.search(r"^def run\(", p.read_text(), re.MULTILINE))
+
+
+def device() -> str:
+    """The processor's own name, as the kernel gives it; its architecture where there is none (most arm64 machines)."""
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def machine() -> str:
-    model = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as f:
-            model = next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
+    """What else the figures depend on. No host name: results are published."""
     from enginepost.kernels import backend
 
-    return f"{model}, {torch.get_num_threads()} threads, {backend.info()['isa']}, torch {torch.__version__}"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{os.cpu_count()} cores, {memory:.0f} GiB, {backend.info()['isa']} kernels, torch {torch.__version__}"
 
 
 def commit() -> str:
@@ -53,6 +60,12 @@ def as_record(row: Row, bench: str, run: dict[str, Any]) -> dict[str, Any]:
     return {"bench": bench, **fields, "ratio": row.ratio, **run}
 
 
+def write(path: str, records: list[dict[str, Any]]) -> None:
+    """A JSON array with one row per line, so that a difference between two result files reads well."""
+    with open(path, "w") as f:
+        f.write("[\n" + ",\n".join(json.dumps(r) for r in records) + "\n]\n")
+
+
 def line(row: Row) -> str:
     def number(value: float | None, suffix: str = "") -> str:
         return "" if value is None else f"{value:.3g}{suffix}" if abs(value) < 100 else f"{value:.0f}{suffix}"
@@ -64,13 +77,13 @@ def line(row: Row) -> str:
     )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Run benchmarks.")
     parser.add_argument("names", nargs="*", default=[], help=f"all, or some of: {', '.join(names())}")
     parser.add_argument("--json", metavar="FILE", help="write the raw rows there")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7, help="timed calls of each candidate, at least 7")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     wanted = names() if not arguments.names or "all" in arguments.names else arguments.names
     unknown = [n for n in wanted if n not in names()]
     if unknown:
@@ -78,25 +91,31 @@ def main() -> int:
     torch.set_num_threads(arguments.threads)
     options = Options(threads=arguments.threads, rounds=max(7, arguments.rounds))
     run = {
-        "device": "cpu",
+        "device": device(),
         "threads": arguments.threads,
         "machine": machine(),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
-    records = []
-    print(f"{run['machine']}, commit {run['commit']}\n")
+    records: list[dict[str, Any]] = []
+    failed = []
+    print(f"{run['device']}, {run['threads']} threads; {run['machine']}; commit {run['commit']}\n")
     for name in wanted:
         print(f"== {name}\n{COLUMNS}", flush=True)
-        for row in importlib.import_module(f"bench.{name}").run(options):
-            print(line(row), flush=True)
-            records.append(as_record(row, name, run))
+        try:
+            for row in importlib.import_module(f"bench.{name}").run(options):
+                print(line(row), flush=True)
+                records.append(as_record(row, name, run))
+        except Exception:  # the other benchmarks' rows are worth having all the same
+            traceback.print_exc()
+            failed.append(name)
         print()
     if arguments.json:
-        with open(arguments.json, "w") as f:
-            f.writelines(json.dumps(r) + "\n" for r in records)
+        write(arguments.json, records)
         print(f"{len(records)} rows in {arguments.json}")
-    return 0
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

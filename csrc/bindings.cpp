@@ -2,12 +2,17 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
 #include <string>
 #include <vector>
 
 #include "enginepost/adamw.h"
+#include "enginepost/attention.h"
 #include "enginepost/core.h"
 #include "enginepost/glu.h"
+#include "enginepost/matmul.h"
 #include "enginepost/norm.h"
 #include "enginepost/rope.h"
 
@@ -28,6 +33,7 @@ class Arg {
   }
   operator const DLTensor *() const { return tensor_; }
   const DLTensor *operator->() const { return tensor_; }
+  int rank() const { return tensor_ == nullptr ? 0 : tensor_->ndim; }
 
  private:
   py::object capsule_;
@@ -49,6 +55,23 @@ void run(Call &&call) {
 }
 
 using O = const py::object &;
+
+// A workspace that a thread keeps between calls: it grows to the largest that was asked for and is given back when the thread ends.
+void *scratch(int64_t bytes) {
+  struct Free {
+    void operator()(void *p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<void, Free> block;
+  thread_local int64_t size = 0;
+  if (size < bytes) {
+    const int64_t rounded = (bytes + 4095) / 4096 * 4096;
+    block.reset();  // first, so that both are never held at once
+    block.reset(std::aligned_alloc(4096, size_t(rounded)));
+    size = block ? rounded : 0;
+    if (!block) throw std::bad_alloc();
+  }
+  return block.get();
+}
 
 }  // namespace
 
@@ -87,10 +110,29 @@ PYBIND11_MODULE(_core, m) {
     Arg a(dy), b(dh), c(x), d(weight), e(rstd), f(dx), g(dweight);
     const DLTensor *xt = c;
     std::vector<char> workspace;
-    if (static_cast<const DLTensor *>(g) != nullptr && xt != nullptr && xt->ndim == 2) {
+    if (g.rank() > 0 && c.rank() == 2) {
       workspace.resize(size_t(ep_rms_norm_backward_workspace_bytes(xt->shape[0], xt->shape[1])));
     }
     run([&] { return ep_rms_norm_backward(a, b, c, d, e, f, g, workspace.data(), offset, nullptr); });
+  });
+
+  m.def("attention_forward", [](O q, O k, O v, O cu_seqlens, O cu_seqlens_k, O seqused_k, O out, O lse, bool causal, int64_t window,
+                                double softcap, double scale) {
+    Arg a(q), b(k), c(v), d(cu_seqlens), e(cu_seqlens_k), f(seqused_k), g(out), h(lse);
+    int64_t bytes = 0;
+    if (a.rank() == 3 && d.rank() == 1) bytes = ep_attention_forward_workspace_bytes(d->shape[0], a->shape[2]);
+    ep_attention_params p{causal, window, softcap, scale};
+    run([&] { return ep_attention_forward(a, b, c, d, e, f, g, h, p, scratch(bytes), nullptr); });
+  });
+  m.def("attention_backward", [](O dout, O q, O k, O v, O out, O lse, O cu_seqlens, O cu_seqlens_k, O seqused_k, O dq, O dk, O dv,
+                                 bool causal, int64_t window, double softcap, double scale) {
+    Arg a(dout), b(q), c(k), d(v), e(out), f(lse), g(cu_seqlens), h(cu_seqlens_k), i(seqused_k), j(dq), l(dk), n(dv);
+    int64_t bytes = 0;
+    if (b.rank() == 3 && c.rank() == 3 && g.rank() == 1) {
+      bytes = ep_attention_backward_workspace_bytes(g->shape[0], b->shape[0], b->shape[1], c->shape[1], b->shape[2]);
+    }
+    ep_attention_params p{causal, window, softcap, scale};
+    run([&] { return ep_attention_backward(a, b, c, d, e, f, g, h, i, j, l, n, p, scratch(bytes), nullptr); });
   });
 
   m.def("rope", [](O x, O cos, O sin, O y, int64_t heads, bool inverse) {
@@ -105,6 +147,15 @@ PYBIND11_MODULE(_core, m) {
   m.def("glu_backward", [](O dy, O x, O dx, int activation) {
     Arg a(dy), b(x), c(dx);
     run([&] { return ep_glu_backward(a, b, c, activation, nullptr); });
+  });
+
+  m.def("matmul", [](O a, O b, O a2, O b2, O c, bool accumulate) {
+    Arg x(a), y(b), x2(a2), y2(b2), z(c);
+    int64_t bytes = 0;
+    if (y.rank() == 2 && z.rank() == 2) {
+      bytes = ep_matmul_workspace_bytes(z->shape[0], z->shape[1], y->shape[0] + (y2.rank() == 2 ? y2->shape[0] : 0));
+    }
+    run([&] { return ep_matmul(x, y, x2, y2, z, accumulate, scratch(bytes), nullptr); });
   });
 
   m.def("adamw_step", [](O param, O grad, O exp_avg, O exp_avg_sq, O master, double lr, double beta1, double beta2, double eps,

@@ -1,14 +1,15 @@
 // c = a b + a2 b2, packed and blocked after Goto and van de Geijn 2008 ("Anatomy of High-Performance Matrix Multiplication").
 //
-// Both inputs are first copied into panels that the micro-kernel reads in order: a into panels of MR rows, b into panels of NR columns,
-// k running fastest outside (k, MR) and (k, NR). The copy widens bfloat16 to float32, whichever way the input is transposed. The
-// micro-kernel holds an MR x NR tile of c in registers and makes one fused multiply-add per element and k.
+// a is copied once into panels of MR rows, b block by block into panels of NR columns, each panel holding its lines side by side
+// for every k. The copy widens bfloat16 to float32, whichever way the input is transposed. The micro-kernel keeps an MR x NR tile
+// of c in registers over the whole depth, so c is touched once. A block of b is packed by the thread that uses it and stays in its
+// second-level cache, while the panels of a stream past.
 //
 // NOTES: bfloat16 inputs are multiplied by float32 FMA. The bf16 dot product instruction (vdpbf16ps) has half the rate of two FMA
-// ports on Intel's server cores (measured: oneDNN's bf16 product 77 GFLOP/s a core, this one above 120), and widening in the copy
-// costs the same bytes as copying. The result is also closer: products are exact in float32, sums are rounded as float32.
+// ports on Intel's server cores (oneDNN's bf16 product runs at half of MKL's float32 product there), and widening in the copy
+// costs no more than copying. The result is also closer: products are exact in float32.
 //
-// The order of summation over k is fixed by the shapes, so results do not depend on the thread count.
+// Every element is summed over k in order by one thread, so results depend neither on the blocking nor on the thread count.
 #include "enginepost/matmul.h"
 
 #include "isa.h"
@@ -33,16 +34,18 @@ struct Matmul {
   float *workspace;
 };
 
-// Bounds of one packed block: PACK_BYTES for each of a and b, whatever the shape.
-constexpr int64_t PACK_BYTES = 32 << 20;
-constexpr int64_t ALIGN = 64;  // rows and columns of a block come in multiples of this, which every tile size below divides or pads to
-static inline int64_t block_extent(int64_t extent, int64_t depth) {
-  int64_t limit = PACK_BYTES / 4 / (depth > 0 ? depth : 1) / ALIGN * ALIGN;
-  if (limit < 4 * ALIGN) limit = 4 * ALIGN;
-  return extent < limit ? extent : limit;
+constexpr int64_t A_BYTES = 32 << 20;  // packed rows of a at a time
+constexpr int64_t B_BYTES = 3 << 18;   // one thread's packed block of b: well inside a second-level cache of 1 to 2 MB
+constexpr int64_t A_ALIGN = 14 * 6 * 4, B_ALIGN = 32;  // multiples of every instruction set's tile
+
+static inline int64_t blocked(int64_t extent, int64_t depth, int64_t bytes, int64_t align) {
+  int64_t limit = bytes / 4 / (depth > 0 ? depth : 1) / align * align;
+  if (limit < align) limit = align;
+  const int64_t all = (extent + align - 1) / align * align;
+  return all < limit ? all : limit;
 }
-static inline int64_t padded(int64_t extent) { return extent + 2 * ALIGN; }
-constexpr int64_t SCRATCH = 64 * 512;  // floats of accumulator scratch per thread
+static inline int64_t block_rows(int64_t m, int64_t depth) { return blocked(m, depth, A_BYTES, A_ALIGN); }
+static inline int64_t block_cols(int64_t n, int64_t depth) { return blocked(n, depth, B_BYTES, B_ALIGN); }
 
 }  // namespace ep
 
@@ -61,16 +64,17 @@ constexpr int MR = 6, NV = 2;
 constexpr int MR = 4, NV = 1;
 #endif
 constexpr int NR = NV * N;
-constexpr int64_t KC = 512;             // depth of one micro-kernel call: its b panel stays in the second-level cache
-constexpr int64_t MB = 4 * MR, NB = 8 * NR;  // a task: four a panels against eight b panels
-static_assert(MB * NB <= SCRATCH, "a task's tile must fit the scratch");
+static_assert(A_ALIGN % MR == 0 && B_ALIGN % NR == 0, "blocks hold whole panels");
 
 // Copies `count` lines (rows of a, columns of b) of depth k into a panel (k, WIDTH); lines beyond count are zero.
 template <int WIDTH, class T>
 static void pack_panel(const T *source, int64_t line_stride, int64_t k_stride, int count, int64_t k, float *panel) {
-  if (line_stride == 1 && count == WIDTH) {
+  if (line_stride == 1) {
     for (int64_t p = 0; p < k; p++, source += k_stride, panel += WIDTH) {
-      for (int i = 0; i < WIDTH; i++) panel[i] = to_float(source[i]);
+      for (int i = 0; i < WIDTH; i += N) {
+        const int width = WIDTH - i < N ? WIDTH - i : N, left = count - i < width ? count - i : width;
+        put(panel + i, left <= 0 ? zero() : get(source + i, left), width);
+      }
     }
     return;
   }
@@ -131,14 +135,15 @@ static void pack(const MatrixView *inputs, bool rows, const int64_t *depth, int6
   }
 }
 
-// tile (MR, NR) (+)= a panel (k, MR) times b panel (k, NR). The accumulators live in registers: MR * NV of them.
-template <bool ADD>
-static inline void micro(int64_t k, const float *__restrict a, const float *__restrict b, float *__restrict tile, int64_t ld) {
+// c tile (rows, cols) (+)= a panel (k, MR) times b panel (k, NR). The accumulators live in registers: MR * NV of them.
+template <class C>
+static inline void micro(int64_t k, const float *__restrict a, const float *__restrict b, C *c, int64_t c_row, int rows, int cols,
+                         bool accumulate) {
   V acc[MR][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; i++) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) acc[i][j] = ADD ? load(tile + i * ld + j * N) : zero();
+    for (int j = 0; j < NV; j++) acc[i][j] = zero();
   }
   for (int64_t p = 0; p < k; p++, a += MR, b += NR) {
     V bv[NV];
@@ -154,69 +159,53 @@ static inline void micro(int64_t k, const float *__restrict a, const float *__re
 #pragma GCC unroll 16
   for (int i = 0; i < MR; i++) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) store(tile + i * ld + j * N, acc[i][j]);
-  }
-}
-
-template <class C>
-static void write_block(const Matmul &g, int64_t row, int64_t rows, int64_t col, int64_t cols, const float *tile) {
-  for (int64_t i = 0; i < rows; i++) {
-    C *c = reinterpret_cast<C *>(g.c) + (row + i) * g.c_row + col;
-    const float *t = tile + i * NB;
-    if (g.accumulate) {
-      each(cols, [&](int64_t j, int n) { put(c + j, get(c + j, n) + get(t + j, n), n); });
-    } else {
-      each(cols, [&](int64_t j, int n) { put(c + j, get(t + j, n), n); });
+    for (int j = 0; j < NV; j++) {
+      const int n = cols - j * N < N ? cols - j * N : N;
+      if (i >= rows || n <= 0) continue;
+      C *at = c + i * c_row + j * N;
+      put(at, accumulate ? get(at, n) + acc[i][j] : acc[i][j], n);
     }
   }
 }
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t chunks(int64_t extent, int64_t size) { return (extent + size - 1) / size; }
 
-void matmul(const Matmul &g) {
-  const int64_t k = g.depth[0] + g.depth[1];
-  const int64_t m_step = block_extent(g.m, k), n_step = block_extent(g.n, k);
-  float *pack_a = g.workspace, *pack_b = pack_a + padded(m_step) * k, *scratch = pack_b + padded(n_step) * k;
-  for (int64_t n0 = 0; n0 < g.n; n0 += n_step) {
-    const int64_t n1 = least(n0 + n_step, g.n), b_panels = (n1 - n0 + NR - 1) / NR;
-    for (int64_t m0 = 0; m0 < g.m; m0 += m_step) {
-      const int64_t m1 = least(m0 + m_step, g.m), a_panels = (m1 - m0 + MR - 1) / MR;
-      const int64_t fresh_a = g.m > m_step || n0 == 0 ? a_panels : 0, fresh_b = m0 == 0 ? b_panels : 0;
-      constexpr int64_t GROUP = 4;
-      const int64_t a_groups = (fresh_a + GROUP - 1) / GROUP, b_groups = (fresh_b + GROUP - 1) / GROUP;
-      parallel_for(a_groups + b_groups, [&](int64_t task, int) {
-        if (task < a_groups) {
-          for (int64_t i = task * GROUP; i < least(fresh_a, (task + 1) * GROUP); i++) {
-            pack<MR>(g.a, true, g.depth, m0 + i * MR, m1, pack_a + i * MR * k);
-          }
-        } else {
-          task -= a_groups;
-          for (int64_t i = task * GROUP; i < least(fresh_b, (task + 1) * GROUP); i++) {
-            pack<NR>(g.b, false, g.depth, n0 + i * NR, n1, pack_b + i * NR * k);
-          }
+template <class C>
+static void product(const Matmul &g) {
+  const int64_t k = g.depth[0] + g.depth[1], threads = num_threads();
+  const int64_t m_step = block_rows(g.m, k), n_step = block_cols(g.n, k);
+  float *pack_a = g.workspace, *pack_b = pack_a + m_step * k;
+  for (int64_t m0 = 0; m0 < g.m; m0 += m_step) {
+    const int64_t m1 = least(m0 + m_step, g.m), panels = chunks(m1 - m0, MR);
+    parallel_for(chunks(panels, 4), [&](int64_t task, int) {
+      for (int64_t i = task * 4; i < least(panels, task * 4 + 4); i++) {
+        pack<MR>(g.a, true, g.depth, m0 + i * MR, m1, pack_a + i * MR * k);
+      }
+    });
+    // One task per block of b, then row by row groups where there are too few blocks for the threads. Any split gives the same
+    // bits.
+    const int64_t whole = chunks(g.n, n_step), even = chunks(whole, threads) * threads;
+    const int64_t cols = least(n_step, chunks(chunks(g.n, even), NR) * NR), col_tasks = chunks(g.n, cols);
+    const int64_t row_tasks = col_tasks >= threads ? 1 : least(chunks(threads, col_tasks), chunks(panels, 4));
+    const int64_t row_panels = chunks(panels, row_tasks);
+    parallel_for(row_tasks * col_tasks, [&](int64_t task, int thread) {
+      const int64_t n0 = task / row_tasks * cols, n1 = least(n0 + cols, g.n), first = task % row_tasks * row_panels;
+      float *mine = pack_b + thread * n_step * k;
+      for (int64_t j = n0; j < n1; j += NR) pack<NR>(g.b, false, g.depth, j, n1, mine + (j - n0) * k);
+      for (int64_t i = first; i < least(panels, first + row_panels); i++) {
+        const int64_t row = m0 + i * MR;
+        C *c = reinterpret_cast<C *>(g.c) + row * g.c_row;
+        for (int64_t j = n0; j < n1; j += NR) {
+          micro(k, pack_a + i * MR * k, mine + (j - n0) * k, c + j, g.c_row, int(least(MR, m1 - row)), int(least(NR, n1 - j)),
+                g.accumulate);
         }
-      });
-      const int64_t row_tasks = (m1 - m0 + MB - 1) / MB, col_tasks = (n1 - n0 + NB - 1) / NB;
-      parallel_for(row_tasks * col_tasks, [&](int64_t task, int thread) {
-        const int64_t row = m0 + task % row_tasks * MB, col = n0 + task / row_tasks * NB;
-        const int64_t rows = least(MB, m1 - row), cols = least(NB, n1 - col);
-        float *tile = scratch + thread * SCRATCH;
-        for (int64_t p = 0; p < k || p == 0; p += KC) {
-          const int64_t depth = least(KC, k - p);
-          for (int64_t j = 0; j < cols; j += NR) {
-            const float *b = pack_b + (col - n0 + j) * k + p * NR;
-            for (int64_t i = 0; i < rows; i += MR) {
-              const float *a = pack_a + (row - m0 + i) * k + p * MR;
-              float *t = tile + i * NB + j;
-              p == 0 ? micro<false>(depth, a, b, t, NB) : micro<true>(depth, a, b, t, NB);
-            }
-          }
-        }
-        g.c_bf16 ? write_block<bf16>(g, row, rows, col, cols, tile) : write_block<float>(g, row, rows, col, cols, tile);
-      });
-    }
+      }
+    });
   }
 }
+
+void matmul(const Matmul &g) { g.c_bf16 ? product<bf16>(g) : product<float>(g); }
 
 }  // namespace EP_ISA
 }  // namespace ep
@@ -241,7 +230,7 @@ static bool strided(Tensor &out, const DLTensor *t, const char *fn, const char *
 }
 
 extern "C" int64_t ep_matmul_workspace_bytes(int64_t m, int64_t n, int64_t k) {
-  return ((padded(block_extent(m, k)) + padded(block_extent(n, k))) * k + int64_t(num_threads()) * SCRATCH) * 4;
+  return (block_rows(m, k) + block_cols(n, k) * int64_t(num_threads())) * k * 4;
 }
 
 extern "C" int ep_matmul(const DLTensor *a, const DLTensor *b, const DLTensor *a2, const DLTensor *b2, const DLTensor *c,

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from enginepost.kernels.backend import native
+from enginepost.kernels.backend import core, native, plain, to_dlpack
 
 
 def reference(
@@ -61,15 +61,189 @@ def attention(
     """Packed attention with grouped queries.
 
     Args:
-        q: `[T, H, D]`; k, v: `[Tk, Hk, D]`, H a multiple of Hk, D <= 256; float32 or bfloat16.
+        q: `[T, H, D]`; k, v: `[Tk, Hk, D]`, H a multiple of Hk, D <= 256; float32 or bfloat16, any stride between heads and tokens.
         cu_seqlens: int32 `[S+1]`, where each sequence's queries begin. cu_seqlens_k: the same for keys; default cu_seqlens.
         seqused_k: int32 `[S]`, keys used of each sequence (a cache slot longer than what it holds); default all.
         causal, window, softcap, scale: see the module's formulas; window 0 = unlimited, scale default 1/sqrt(D).
 
     Returns:
-        (out `[T, H, D]` in q's dtype, lse `[H, T]` float32). A query that sees no key gives out 0 and lse -inf.
+        (out `[T, H, D]` in q's dtype, lse `[H, T]` float32). A query that sees no key gives out 0 and lse -inf. Gradients flow through
+        out alone, and are the same bits at any thread count.
+
+    Raises: ValueError that names the argument at fault.
     """
-    native(q, k, v)
-    return reference(
-        q, k, v, cu_seqlens, cu_seqlens_k, seqused_k, causal=causal, window=window, softcap=softcap, scale=scale
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if not native(q, k, v):
+        out, lse = reference(
+            q, k, v, cu_seqlens, cu_seqlens_k, seqused_k, causal=causal, window=window, softcap=softcap, scale=scale
+        )
+        return out, lse.detach()
+    if plain(q, k, v):
+        return _forward(q, k, v, cu_seqlens, cu_seqlens_k, seqused_k, causal, window, softcap, scale)
+    return torch.ops.enginepost.attention(
+        q, k, v, cu_seqlens, cu_seqlens_k, seqused_k, causal, window, softcap, scale
+    )  # fmt: skip
+
+
+def attention_qkv(
+    qkv: Tensor, heads: int, kv_heads: int, cu_seqlens: Tensor, *, causal: bool = True, window: int = 0,
+    softcap: float = 0.0, scale: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of a fused projection: its slices are read where they lie, and the backward pass writes one fused gradient.
+
+    Args: qkv `[T, H + 2 Hk, D]`, the heads of q, then k, then v; the rest as in `attention`.
+    Returns: out `[T, H, D]` in qkv's dtype.
+    """
+    if qkv.dim() != 3 or qkv.shape[1] != heads + 2 * kv_heads:
+        raise ValueError(
+            f"attention_qkv: qkv must have shape [T, heads + 2 kv_heads, D] = [T, {heads + 2 * kv_heads}, D], "
+            f"got {list(qkv.shape)}"
+        )
+    scale = 1.0 / math.sqrt(qkv.shape[-1]) if scale is None else scale
+    if not native(qkv):
+        q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+        return reference(q, k, v, cu_seqlens, causal=causal, window=window, softcap=softcap, scale=scale)[0]
+    if plain(qkv):
+        q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+        return _forward(q, k, v, cu_seqlens, None, None, causal, window, softcap, scale)[0]
+    return torch.ops.enginepost.attention_qkv(qkv, heads, kv_heads, cu_seqlens, causal, window, softcap, scale)[0]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _optional(x: Tensor | None) -> object:
+    return None if x is None else to_dlpack(x)
+
+
+def _empty_results(q: Tensor) -> tuple[Tensor, Tensor]:
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None,
+    causal: bool, window: int, softcap: float, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if q.dim() != 3:
+        raise ValueError(f"attention: q must have shape [T, H, D], got {list(q.shape)}")
+    out, lse = _empty_results(q)
+    core().attention_forward(
+        to_dlpack(_rows(q)), to_dlpack(_rows(k)), to_dlpack(_rows(v)), to_dlpack(cu_seqlens), _optional(cu_seqlens_k),
+        _optional(seqused_k), to_dlpack(out), to_dlpack(lse), causal, window, softcap, scale,
+    )  # fmt: skip
+    return out, lse
+
+
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None, seqused_k: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor,
+    causal: bool, window: int, softcap: float, scale: float,
+) -> None:  # fmt: skip
+    core().attention_backward(
+        to_dlpack(_rows(dout)), to_dlpack(_rows(q)), to_dlpack(_rows(k)), to_dlpack(_rows(v)), to_dlpack(out),
+        to_dlpack(lse), to_dlpack(cu_seqlens), _optional(cu_seqlens_k), _optional(seqused_k), to_dlpack(dq),
+        to_dlpack(dk), to_dlpack(dv), causal, window, softcap, scale,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("enginepost::attention", mutates_args=())
+def _attention_op(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None,
+    causal: bool, window: int, softcap: float, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _forward(q, k, v, cu_seqlens, cu_seqlens_k, seqused_k, causal, window, softcap, scale)
+
+
+@_attention_op.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None,
+    causal: bool, window: int, softcap: float, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _empty_results(q)
+
+
+@torch.library.custom_op("enginepost::attention_backward", mutates_args=())
+def _backward_op(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None, seqused_k: Tensor | None, causal: bool, window: int, softcap: float, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    _backward(
+        dout, q, k, v, out, lse, cu_seqlens, cu_seqlens_k, seqused_k, dq, dk, dv, causal, window, softcap, scale
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+@_backward_op.register_fake
+def _(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None, seqused_k: Tensor | None, causal: bool, window: int, softcap: float, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    return dq, dk, dv
+
+
+@torch.library.custom_op("enginepost::attention_qkv", mutates_args=())
+def _qkv_op(
+    qkv: Tensor, heads: int, kv_heads: int, cu_seqlens: Tensor, causal: bool, window: int, softcap: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    return _forward(q, k, v, cu_seqlens, None, None, causal, window, softcap, scale)
+
+
+@_qkv_op.register_fake
+def _(
+    qkv: Tensor, heads: int, kv_heads: int, cu_seqlens: Tensor, causal: bool, window: int, softcap: float, scale: float
+) -> tuple[Tensor, Tensor]:
+    return _empty_results(qkv[:, :heads])
+
+
+@torch.library.custom_op("enginepost::attention_qkv_backward", mutates_args=())
+def _qkv_backward_op(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, kv_heads: int, cu_seqlens: Tensor, causal: bool,
+    window: int, softcap: float, scale: float,
+) -> Tensor:  # fmt: skip
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    dq, dk, dv = dqkv.split([heads, kv_heads, kv_heads], dim=1)
+    _backward(dout, q, k, v, out, lse, cu_seqlens, None, None, dq, dk, dv, causal, window, softcap, scale)
+    return dqkv
+
+
+@_qkv_backward_op.register_fake
+def _(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, kv_heads: int, cu_seqlens: Tensor, causal: bool,
+    window: int, softcap: float, scale: float,
+) -> Tensor:  # fmt: skip
+    return qkv.new_empty(qkv.shape)
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    q, k, v, cu_seqlens, cu_seqlens_k, seqused_k, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens, cu_seqlens_k, seqused_k)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _grad(ctx, dout: Tensor, _: Tensor) -> tuple:  # type: ignore[no-untyped-def]
+    grads = torch.ops.enginepost.attention_backward(dout, *ctx.saved_tensors, *ctx.options)
+    return *grads, None, None, None, None, None, None, None
+
+
+def _qkv_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    qkv, ctx.heads, ctx.kv_heads, cu_seqlens, *ctx.options = inputs
+    ctx.save_for_backward(qkv, *output, cu_seqlens)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _qkv_grad(ctx, dout: Tensor, _: Tensor) -> tuple:  # type: ignore[no-untyped-def]
+    qkv, out, lse, cu_seqlens = ctx.saved_tensors
+    dqkv = torch.ops.enginepost.attention_qkv_backward(
+        dout, qkv, out, lse, ctx.heads, ctx.kv_heads, cu_seqlens, *ctx.options
     )
+    return dqkv, None, None, None, None, None, None, None
+
+
+_attention_op.register_autograd(_grad, setup_context=_setup)
+_qkv_op.register_autograd(_qkv_grad, setup_context=_qkv_setup)
