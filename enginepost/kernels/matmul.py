@@ -65,9 +65,9 @@ def mm(
         return out
     if mixed:
         wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), out.dtype)
-        product = a.to(wide) @ b.to(wide)
+        product = a @ b if a.dtype == b.dtype and a.shape[0] < _MIN_ROWS else a.to(wide) @ b.to(wide)
         if a2 is not None and b2 is not None:
-            product += a2.to(wide) @ b2.to(wide)
+            product = product + a2.to(wide) @ b2.to(wide)
         return out.add_(product) if accumulate else out.copy_(product)
     if accumulate:
         out.addmm_(a, b)

@@ -1,0 +1,316 @@
+"""A linear layer with low-rank updates: y = x W^T + b + sum over parts of s (x A^T) B^T, in one pass over y.
+
+A fused projection (q|k|v, gate|up) has one part per original matrix; part p adds to columns start .. start + n of y. With all A's
+stacked to A* [R, in], their scalings inside, and the B's on the diagonal blocks of B* [out, R]:
+
+    S = x A*^T        y = x W^T + S B*^T + b
+    dS_p = dy_p B_p   dB_p = dy_p^T S_p   dA* = dS^T x   dx = dy W + dS A*   dW = dy^T x   db = sum dy
+
+Kept for the backward: x, S (R numbers a token) and the parameters. Products are float32 inside, whatever the dtypes, so float32
+A and B train beside bfloat16 activations without a copy of either. Dropout masks the x of the update alone; the mask is a hash of
+(seed, token, feature), made again in the backward.
+
+DoRA, with magnitude m: those columns of x W^T + S B*^T are multiplied by m / |W + s B A|_row, the norm a constant for the gradient.
+The norm needs no [n, in] buffer: |W + s B A|^2 = |W|^2 + 2 s rowsum((W A^T) * B) + s^2 rowsum((B (A A^T)) * B).
+
+Sources: Hu et al. 2021 (LoRA, arXiv 2106.09685), eq. 3; Liu et al. 2024 (DoRA, arXiv 2402.09353), eq. 5 and section 4.3.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from enginepost.kernels.backend import plain
+from enginepost.kernels.matmul import mm
+
+
+@dataclass
+class LoraPart:
+    """One low-rank update. A `[r, in]`, B `[n, r]`: float32 or the layer's dtype; it adds scaling * (x A^T) B^T to columns
+    start .. start + n of the layer. magnitude `[n]` makes it DoRA."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float = 1.0
+    start: int = 0
+    magnitude: Tensor | None = None
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.start, self.start + self.B.shape[0])
+
+
+def reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, parts: Sequence[LoraPart] = (), *, dropout: float = 0.0,
+    seed: int = 0,
+) -> Tensor:  # fmt: skip
+    """The same in plain PyTorch, at float32 or better, part by part; for DoRA the adapted weight is built."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    xw, w = x.to(wide), weight.to(wide)
+    masked = torch.where(keep_mask(x.shape[0], x.shape[1], dropout, seed), xw / (1 - dropout), 0.0) if dropout else xw
+    base = xw @ w.T
+    columns = list(base.split(1, dim=1)) if base.numel() else []
+    for p in parts:
+        a, b = p.A.to(wide), p.B.to(wide)
+        update = p.scaling * (masked @ a.T @ b.T)
+        if p.magnitude is not None:
+            adapted = (w[p.columns] + p.scaling * (b @ a)).detach()
+            gain = p.magnitude.to(wide) / adapted.norm(dim=1)
+            update = (gain - 1) * (masked @ w[p.columns].T) + gain * update
+        for j in range(update.shape[1] if columns else 0):
+            columns[p.start + j] = columns[p.start + j] + update[:, j : j + 1]
+    y = torch.cat(columns, dim=1) if columns else base
+    return (y if bias is None else y + bias.to(wide)).to(x.dtype)
+
+
+def lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, parts: Sequence[LoraPart] = (), *, dropout: float = 0.0,
+    seed: int = 0,
+) -> Tensor:  # fmt: skip
+    """Linear layer with low-rank updates.
+
+    Args:
+        x: `[T, in]`, float32, bfloat16 (or float64).
+        weight: `[out, in]`, frozen or trained; bias: `[out]` or None.
+        parts: updates of disjoint column ranges, see `LoraPart`; none for a plain linear layer.
+        dropout: share of the update's inputs set to zero (training only: pass 0 otherwise).
+        seed: of the mask. The same seed gives the same mask, so pass another for every layer and step.
+
+    Returns: `[T, out]` in x's dtype. Gradients flow to x and to whichever of weight, bias, A, B, magnitude ask for
+    them, each in its own dtype. Raises ValueError that names the argument at fault.
+    """
+    _check(x, weight, bias, parts, dropout)
+    if os.environ.get("ENGINEPOST_BACKEND") == "reference":
+        return reference(x, weight, bias, parts, dropout=dropout, seed=seed)
+    if any(p.magnitude is not None for p in parts):
+        return _dora(x, weight, bias, parts, dropout, seed)
+    return _linear(x, weight, bias, parts, dropout, seed)
+
+
+def keep_mask(rows: int, width: int, dropout: float, seed: int) -> Tensor:
+    """bool `[rows, width]`, true with probability 1 - dropout; each element depends on (seed, row, column) alone."""
+    key = (seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) & (2**64 - 1)
+    low, high = key & 0xFFFFFFFF, key >> 32
+    lines = _mix(torch.arange(rows, dtype=torch.int64) * 0x9E3779B1 + low).unsqueeze(1)
+    bits = _mix(lines + (torch.arange(width, dtype=torch.int64) * 0x85EBCA77 + high).unsqueeze(0))
+    return bits >= int(dropout * 2**31)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A 31-bit hash of every element (the finalizer of MurmurHash3, with the multiplications cut to 31 bits)."""
+    x = x.to(torch.int32)  # wraps
+    x = (x ^ ((x >> 16) & 0xFFFF)) * -0x7A143595
+    x = (x ^ ((x >> 13) & 0x7FFFF)) * -0x3D4D51CB
+    return (x ^ ((x >> 16) & 0xFFFF)) & 0x7FFFFFFF
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[LoraPart], dropout: float) -> None:
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"lora_linear: x must be [T, in] and weight [out, in], got {list(x.shape)} and {list(weight.shape)}"
+        )
+    if bias is not None and list(bias.shape) != [weight.shape[0]]:
+        raise ValueError(f"lora_linear: bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"lora_linear: dropout must be in [0, 1), got {dropout}")
+    taken = 0
+    for i, p in enumerate(sorted(parts, key=lambda p: p.start)):
+        n = p.B.shape[0]
+        if p.A.dim() != 2 or p.B.dim() != 2 or p.A.shape[1] != x.shape[1] or p.B.shape[1] != p.A.shape[0]:
+            raise ValueError(
+                f"lora_linear: part {i} must have A [r, {x.shape[1]}] and B [n, r], got {list(p.A.shape)} and {list(p.B.shape)}"
+            )
+        if p.start < taken or p.start + n > weight.shape[0]:
+            raise ValueError(
+                f"lora_linear: part {i} covers columns {p.start} to {p.start + n}, but only {taken} to {weight.shape[0]} are "
+                f"free; parts may not overlap"
+            )
+        if p.magnitude is not None and list(p.magnitude.shape) != [n]:
+            raise ValueError(
+                f"lora_linear: part {i} must have a magnitude of shape [{n}], got {list(p.magnitude.shape)}"
+            )
+        taken = p.start + n
+
+
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[LoraPart], dropout: float, seed: int
+) -> Tensor:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if parts:
+        stacked = torch.cat([p.A.to(wide) * p.scaling for p in parts])
+    else:
+        stacked, dropout = torch.empty(0, x.shape[1], dtype=wide, device=x.device), 0.0
+    b, starts = [p.B for p in parts], [p.start for p in parts]
+    if plain(x, weight, bias, stacked, *b):
+        return _forward(x, weight, bias, stacked, b, starts, dropout, seed)[0]
+    return torch.ops.enginepost.lora_linear(x, weight, bias, stacked, b, starts, dropout, seed)[0]
+
+
+def _dora(
+    x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[LoraPart], dropout: float, seed: int
+) -> Tensor:
+    """y = gain * (x' W^T + S B*^T) + (x - x') W^T + b with x' the masked x, after PEFT: without dropout x' = x."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    gains, end = [], 0
+    for p in sorted(parts, key=lambda p: p.start):
+        gains.append(torch.ones(p.start - end, dtype=wide, device=x.device))
+        if p.magnitude is None:
+            gains.append(torch.ones(p.B.shape[0], dtype=wide, device=x.device))
+        else:
+            gains.append(p.magnitude.to(wide) / row_norm(weight, p))
+        end = p.start + p.B.shape[0]
+    gain = torch.cat([*gains, torch.ones(weight.shape[0] - end, dtype=wide, device=x.device)])
+    if dropout == 0:
+        y = _linear(x, weight, None, parts, 0.0, seed) * gain
+    else:
+        masked = _dropped(x, dropout, seed)
+        y = _linear(masked, weight, None, parts, 0.0, seed) * gain + _linear(x - masked, weight, None, (), 0.0, seed)
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+@torch.no_grad()
+def row_norm(weight: Tensor, part: LoraPart) -> Tensor:
+    """|W + scaling B A| of each row that the part covers, `[n]` in float32 (float64 for float64)."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    w, a, b = weight[part.columns], part.A.to(wide), part.B.to(wide)
+    wa = mm(w, a.T, out=torch.empty(b.shape, dtype=wide, device=w.device))
+    square = torch.linalg.vector_norm(w, dim=1, dtype=wide).square_()
+    square += 2 * part.scaling * (wa * b).sum(1)
+    square += part.scaling**2 * ((b @ (a @ a.T)) * b).sum(1)
+    return square.clamp_(min=0).sqrt_()
+
+
+def _dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
+    return torch.where(keep_mask(x.shape[0], x.shape[1], dropout, seed), x * (1 / (1 - dropout)), 0.0)
+
+
+def _lines(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Sequence[Tensor], starts: Sequence[int],
+    dropout: float, seed: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(y `[T, out]`, S `[T, R]`)."""
+    x, rows, out = _lines(x), x.shape[0], weight.shape[0]
+    s = torch.empty(rows, a.shape[0], dtype=a.dtype, device=x.device)
+    y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
+    if bias is not None:
+        y.copy_(bias)
+    if a.shape[0] == 0:
+        return mm(x, weight.t(), out=y, accumulate=bias is not None), s
+    mm(_dropped(x, dropout, seed) if dropout else x, a.t(), out=s)
+    if len(b) == 1 and b[0].shape[0] == out:
+        block = b[0]
+    else:
+        block = torch.zeros(out, a.shape[0], dtype=b[0].dtype, device=x.device)
+        at = 0
+        for part, start in zip(b, starts, strict=True):
+            block[start : start + part.shape[0], at : at + part.shape[1]] = part
+            at += part.shape[1]
+    return mm(x, weight.t(), out=y, a2=s, b2=block.t(), accumulate=bias is not None), s
+
+
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor, s: Tensor, a: Tensor, b: Sequence[Tensor], starts: Sequence[int],
+    dropout: float, seed: int, needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of x, weight, bias, A*, then each B; an empty tensor where `needs` (of x, weight, bias, A*, any B) says no."""
+    x, dy = _lines(x), _lines(dy)
+    wide = a.dtype
+    dx, dweight, dbias, da = (x.new_empty(0) for _ in range(4))  # apart: outputs of an op may not alias
+    db = []
+    ds = torch.empty_like(s)
+    at = 0
+    for part, start in zip(b, starts, strict=True):
+        here, rank = dy[:, start : start + part.shape[0]], part.shape[1]
+        if needs[0] or needs[3]:
+            ds[:, at : at + rank] = mm(here, part, out=torch.empty(len(dy), rank, dtype=wide, device=x.device))
+        db.append(mm(here.t(), s[:, at : at + rank], out=torch.empty_like(part)) if needs[4] else x.new_empty(0))
+        at += rank
+    if needs[0]:
+        dx = torch.empty_like(x)
+        if len(b) == 0:
+            mm(dy, weight, out=dx)
+        elif dropout == 0:
+            mm(dy, weight, out=dx, a2=ds, b2=a)
+        else:
+            mm(dy, weight, out=dx)
+            dx += _dropped(mm(ds, a), dropout, seed).to(dx.dtype)
+    if needs[1]:
+        dweight = mm(dy.t(), x, out=torch.empty_like(weight))
+    if needs[2]:
+        dbias = dy.sum(0, dtype=wide)
+    if needs[3]:
+        masked = _dropped(x, dropout, seed) if dropout else x
+        # [in, R] rather than its transpose: the long side is the one that threads share
+        da = mm(masked.t(), ds, out=torch.empty(x.shape[1], a.shape[0], dtype=wide, device=x.device)).t().contiguous()
+    return [dx, dweight, dbias, da, *db]
+
+
+@torch.library.custom_op("enginepost::lora_linear", mutates_args=())
+def _linear_op(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: list[Tensor], starts: list[int], dropout: float,
+    seed: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _forward(x, weight, bias, a, b, starts, dropout, seed)
+
+
+@_linear_op.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: list[Tensor], starts: list[int], dropout: float,
+    seed: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return x.new_empty(x.shape[0], weight.shape[0]), a.new_empty(x.shape[0], a.shape[0])
+
+
+@torch.library.custom_op("enginepost::lora_linear_backward", mutates_args=())
+def _backward_op(
+    dy: Tensor, x: Tensor, weight: Tensor, s: Tensor, a: Tensor, b: list[Tensor], starts: list[int], dropout: float,
+    seed: int, needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    return _backward(dy, x, weight, s, a, b, starts, dropout, seed, needs)
+
+
+@_backward_op.register_fake
+def _(
+    dy: Tensor, x: Tensor, weight: Tensor, s: Tensor, a: Tensor, b: list[Tensor], starts: list[int], dropout: float,
+    seed: int, needs: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    shapes = [(x, x.shape), (weight, weight.shape), (a, weight.shape[:1]), (a, a.shape), *((p, p.shape) for p in b)]
+    wanted = [*needs[:4], *[needs[4]] * len(b)]
+    return [
+        like.new_empty(shape) if want else x.new_empty(0) for (like, shape), want in zip(shapes, wanted, strict=True)
+    ]
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    x, weight, bias, a, b, ctx.starts, ctx.dropout, ctx.seed = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, weight, output[1], a, *b)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _grad(ctx, dy: Tensor, _: Tensor) -> tuple:  # type: ignore[no-untyped-def]
+    x, weight, s, a, *b = ctx.saved_tensors
+    wants_b = ctx.needs_input_grad[4]
+    needs = [*ctx.needs_input_grad[:4], any(wants_b)]
+    grads = torch.ops.enginepost.lora_linear_backward(dy, x, weight, s, a, b, ctx.starts, ctx.dropout, ctx.seed, needs)
+    dx, dweight, dbias, da, *db = grads
+    return (
+        dx if needs[0] else None,
+        dweight if needs[1] else None,
+        dbias.to(ctx.bias_dtype) if needs[2] else None,
+        da if needs[3] else None,
+        [g if want else None for g, want in zip(db, wants_b, strict=True)],
+        None if ctx.starts else [],  # torch takes an empty list of ints for one of tensors
+        None,
+        None,
+    )
+
+
+_linear_op.register_autograd(_grad, setup_context=_setup)
