@@ -1,0 +1,228 @@
+"""LoRA on a Transformer: which matrices get an update, and the adapter under PEFT's names.
+
+A module is what Hugging Face calls a linear layer ("model.layers.0.self_attn.q_proj"): rows start .. stop of one of our
+fused weights. Its update is A `[r, in]`, B `[n, r]` in float32, and a magnitude `[n]` under DoRA. Target names, and the keys of rank
+and alpha patterns, match as they do in PEFT. A is drawn as nn.Linear draws (uniform, bound 1/sqrt(in)), B is zero.
+Sources: Hu et al. 2021 (arXiv 2106.09685); rank-stabilized scaling alpha / sqrt(r): Kalajdzievski 2023 (arXiv 2312.03732).
+"""
+
+import contextlib
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from enginepost.errors import EnginepostError
+from enginepost.kernels.lora import LoraPart, row_norm
+from enginepost.model.spec import ModelSpec
+from enginepost.model.transformer import Linear, Transformer
+from enginepost.model.weights import layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A linear layer by its Hugging Face module path, and where its rows are: of `linear`'s weight, start .. stop."""
+
+    path: str
+    linear: str
+    start: int
+    stop: int
+    inputs: int
+
+    @property
+    def suffix(self) -> str:
+        return self.path.rpartition(".")[2]
+
+
+def linear_modules(spec: ModelSpec) -> list[Target]:
+    """Every linear layer of the blocks, in the order of the layers (PEFT's "all-linear": the head is not among them)."""
+    return [
+        Target(e.name.removesuffix(".weight"), e.parameter.removesuffix(".weight"), e.start, e.stop, e.columns or 0)
+        for e in layout(spec)
+        if e.linear
+    ]
+
+
+class Update(nn.Module):
+    """The parameters of one module's update."""
+
+    def __init__(self, r: int, alpha: float, scaling: float, inputs: int, outputs: int, device: torch.device) -> None:
+        super().__init__()
+        self.r, self.alpha, self.scaling = r, alpha, scaling
+        self.A = nn.Parameter(torch.empty(r, inputs, dtype=torch.float32, device=device))
+        self.B = nn.Parameter(torch.zeros(outputs, r, dtype=torch.float32, device=device))
+        self.magnitude: nn.Parameter | None = None
+
+
+@dataclasses.dataclass
+class LoraSettings:
+    """How a model's adapter was made: what `adapter_config.json` states."""
+
+    r: int
+    alpha: float
+    dropout: float
+    target_modules: str | list[str]
+    use_rslora: bool
+    use_dora: bool
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+
+
+def add_lora(
+    model: Transformer, *, r: int, alpha: float, dropout: float = 0.0, target_modules: str | Sequence[str] = "all-linear",
+    use_rslora: bool = False, use_dora: bool = False, rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None, seed: int = 0,
+) -> None:  # fmt: skip
+    """Freeze the model and give the targeted modules a trainable update.
+
+    Args:
+        r, alpha: rank and scale; an update is scaled by alpha / r, or alpha / sqrt(r) with use_rslora.
+        dropout: of the update's input, while training.
+        target_modules: "all-linear", a regular expression for the whole module path, or a list of names or path endings.
+        use_dora: train the magnitudes of the rows as well (Liu et al. 2024, arXiv 2402.09353).
+        rank_pattern, alpha_pattern: {pattern: value} for modules whose path ends with a match.
+        seed: the same seed draws the same A.
+
+    Raises: EnginepostError for a target that matches nothing, or a model that has an adapter already.
+    """
+    targets = match_targets(model.spec, target_modules)
+    settings = LoraSettings(
+        r, alpha, dropout, target_modules if isinstance(target_modules, str) else list(target_modules), use_rslora,
+        use_dora, dict(rank_pattern or {}), dict(alpha_pattern or {}),
+    )  # fmt: skip
+    shapes = {}
+    for target in targets:
+        rank = int(_pattern(settings.rank_pattern, target.path, r))
+        shapes[target.path] = (rank, float(_pattern(settings.alpha_pattern, target.path, alpha)))
+    attach(model, targets, shapes, settings)
+    generator = torch.Generator().manual_seed(seed)
+    for target in targets:
+        update = _update(model, target)
+        bound = 1.0 / math.sqrt(target.inputs)
+        with torch.no_grad():
+            update.A.copy_(torch.empty(update.A.shape).uniform_(-bound, bound, generator=generator))
+        if update.magnitude is not None:
+            _start_magnitude(model, target, update)
+
+
+def attach(
+    model: Transformer, targets: Sequence[Target], shapes: Mapping[str, tuple[int, float]], settings: LoraSettings
+) -> None:
+    """Freeze the model and add updates of the given (rank, alpha); A is uninitialized, B zero."""
+    if model.lora_settings is not None:
+        raise EnginepostError("the model has a LoRA adapter already; load the base model anew to add another")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.lora_settings = settings
+    for target in targets:
+        rank, alpha = shapes[target.path]
+        if rank < 1:
+            raise EnginepostError(f"LoRA rank of {target.path} must be at least 1, got {rank}")
+        linear = _linear(model, target)
+        scaling = alpha / math.sqrt(rank) if settings.use_rslora else alpha / rank
+        update = Update(rank, alpha, scaling, target.inputs, target.stop - target.start, linear.weight.device)
+        if settings.use_dora:
+            update.magnitude = nn.Parameter(torch.empty(target.stop - target.start, device=linear.weight.device))
+        linear.lora[target.suffix] = update
+        linear.dropout = settings.dropout
+        part = LoraPart(update.A, update.B, scaling, target.start, update.magnitude)
+        linear.parts = (*linear.parts, part)
+
+
+def match_targets(spec: ModelSpec, wanted: str | Sequence[str]) -> list[Target]:
+    """The linear modules that `target_modules` names, as PEFT matches them. Raises EnginepostError where a name matches nothing."""
+    modules = linear_modules(spec)
+    known = sorted({m.suffix for m in modules})
+    if wanted == "all-linear":
+        return modules
+    if isinstance(wanted, str):
+        try:
+            found = [m for m in modules if re.fullmatch(wanted, m.path)]
+        except re.error as error:
+            raise EnginepostError(f"target_modules {wanted!r} is not a valid regular expression: {error}") from None
+        if not found:
+            raise EnginepostError(
+                f"target_modules {wanted!r} matches no module; it must match a whole path such as {modules[0].path!r}"
+            )
+        return found
+    for name in wanted:
+        if not any(_ends(m.path, name) for m in modules):
+            raise EnginepostError(
+                f"target_modules: {name!r} is no linear layer of a {spec.family} model; its linear layers: {', '.join(known)}"
+            )
+    return [m for m in modules if any(_ends(m.path, name) for name in wanted)]
+
+
+def _ends(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value of the first pattern that ends a module path, after PEFT's `get_pattern_key`."""
+    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", path)), default)
+
+
+def _linear(model: Transformer, target: Target) -> Linear:
+    linear = model.get_submodule(target.linear)
+    assert isinstance(linear, Linear)
+    return linear
+
+
+def _update(model: Transformer, target: Target) -> Update:
+    update = _linear(model, target).lora[target.suffix]
+    assert isinstance(update, Update)
+    return update
+
+
+@torch.no_grad()
+def _start_magnitude(model: Transformer, target: Target, update: Update) -> None:
+    """DoRA begins as the base model: the magnitude is the norm of each adapted row, which B = 0 makes the base's."""
+    part = LoraPart(update.A, update.B, update.scaling, target.start)
+    update.magnitude.copy_(row_norm(_linear(model, target).weight, part))  # type: ignore[union-attr]
+
+
+def updates(model: Transformer) -> dict[str, Update]:
+    """Module path -> update, of those that have one, in the order of the layers."""
+    return {
+        t.path: _update(model, t) for t in linear_modules(model.spec) if t.suffix in _linear(model, t).lora
+    }  # fmt: skip
+
+
+def adapter_tensors(model: Transformer) -> dict[str, Tensor]:
+    """The adapter under PEFT's names ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", ...): the parameters."""
+    tensors: dict[str, Tensor] = {}
+    for path, update in updates(model).items():
+        prefix = f"base_model.model.{path}"
+        tensors[f"{prefix}.lora_A.weight"] = update.A
+        tensors[f"{prefix}.lora_B.weight"] = update.B
+        if update.magnitude is not None:
+            tensors[f"{prefix}.lora_magnitude_vector"] = update.magnitude
+    return tensors
+
+
+@contextlib.contextmanager
+def adapter_off(model: Transformer) -> Iterator[None]:
+    """Inside, the model computes what its base computes."""
+    kept = {m: m.parts for m in model.modules() if isinstance(m, Linear) and m.parts}
+    for linear in kept:
+        linear.parts = ()
+    try:
+        yield
+    finally:
+        for linear, parts in kept.items():
+            linear.parts = parts
+
+
+def load_adapter(model: Transformer, directory: str | Path) -> None:
+    """Put a PEFT LoRA adapter on top of a base model; the base is frozen, the adapter trains.
+
+    Raises: EnginepostError for a damaged adapter, or one whose modules or shapes are not those of the model.
+    """
+    from enginepost.checkpoint import read_adapter
+
+    raise NotImplementedError(read_adapter)

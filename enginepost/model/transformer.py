@@ -1,0 +1,230 @@
+"""One decoder-only transformer for all families, over a packed stream of tokens; a ModelSpec says what it computes.
+
+    h = embedding[ids]                        [T, H]
+    for each block:
+        q|k|v = qkv(norm(h))                  [T, (heads + 2 kv_heads) * D], one product
+        h = h + o(attention(rope(q), rope(k), v))
+        h = h + down(act(gate) * up)          gate|up = gate_up(norm(h)), one product
+    hidden = norm(h)                          logits = hidden @ head^T
+
+There is no batch dimension and no mask: `cu_seqlens` says where the sequences of the stream begin. Fused weights hold the rows of
+the checkpoint's matrices one below the other; `enginepost.model.weights` knows which rows are whose.
+"""
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from enginepost.errors import EnginepostError
+from enginepost.kernels.attention import attention, attention_qkv
+from enginepost.kernels.glu import glu
+from enginepost.kernels.lora import LoraPart, lora_linear
+from enginepost.kernels.norm import add_rms_norm, rms_norm
+from enginepost.kernels.rope import rope
+from enginepost.model.rotary import tables
+from enginepost.model.spec import LayerSpec, ModelSpec
+
+if TYPE_CHECKING:
+    from enginepost.model.lora import LoraSettings
+
+_Tables = tuple[Tensor, Tensor] | None
+
+
+class Cache(Protocol):
+    """Keys and values of earlier tokens, as `Transformer.hidden` uses them; `enginepost.generate.cache` has one."""
+
+    cu_seqlens_k: Tensor
+    seqused_k: Tensor
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v `[T, Hk, D]` of the stream's tokens; return all keys and values, laid out as cu_seqlens_k says."""
+
+
+class Linear(nn.Module):
+    """y = x W^T + b, W `[out, in]`, plus the low-rank updates in `lora` (see `enginepost.model.lora`)."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype, device=device)) if bias else None
+        self.lora = nn.ModuleDict()
+        self.parts: tuple[LoraPart, ...] = ()
+        self.dropout = 0.0
+
+    def forward(self, x: Tensor, seed: int = 0) -> Tensor:
+        """x `[T, in]` -> `[T, out]`; seed keys the dropout of the updates while training."""
+        if not self.parts:
+            return lora_linear(x, self.weight, self.bias)
+        return lora_linear(
+            x, self.weight, self.bias, self.parts, dropout=self.dropout if self.training else 0.0, seed=seed
+        )
+
+
+class Block(nn.Module):
+    """Attention and gated MLP, each with its residual addition."""
+
+    def __init__(self, spec: ModelSpec, index: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.spec, self.index = spec, index
+        self.layer: LayerSpec = spec.layers[index]
+        q, kv, hidden, inner = (
+            spec.heads * spec.head_dim,
+            spec.kv_heads * spec.head_dim,
+            spec.hidden_size,
+            spec.intermediate_size,
+        )
+
+        def vector(size: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(size, dtype=dtype, device=device))
+
+        self.qkv = Linear(hidden, q + 2 * kv, spec.qkv_bias, dtype, device)
+        self.o = Linear(q, hidden, spec.output_bias, dtype, device)
+        self.gate_up = Linear(hidden, 2 * inner, spec.mlp_bias, dtype, device)
+        self.down = Linear(inner, hidden, spec.mlp_bias, dtype, device)
+        self.attention_norm = vector(hidden) if spec.pre_norm else None
+        self.mlp_norm = vector(hidden) if spec.pre_norm else None
+        self.attention_post_norm = vector(hidden) if spec.post_norm else None
+        self.mlp_post_norm = vector(hidden) if spec.post_norm else None
+        whole = spec.qk_norm == "projection"
+        self.q_norm = vector(q if whole else spec.head_dim) if spec.qk_norm else None
+        self.k_norm = vector(kv if whole else spec.head_dim) if spec.qk_norm else None
+
+    def forward(
+        self, h: Tensor, cu_seqlens: Tensor, tables: _Tables, seed: int = 0, cache: Cache | None = None
+    ) -> Tensor:
+        """h `[T, H]` -> `[T, H]`. tables: this layer's (cos, sin), None where it does not rotate."""
+        eps, offset = self.spec.eps, self.spec.norm_offset
+        y = h if self.attention_norm is None else rms_norm(h, self.attention_norm, eps, offset=offset)
+        a = self.o(self._attend(self.qkv(y, seed), cu_seqlens, tables, cache), seed + 1)
+        a = self._branch(a, self.attention_post_norm)
+        if self.mlp_norm is None:
+            y = h = h + a
+        else:
+            y, h = add_rms_norm(a, h, self.mlp_norm, eps, offset=offset)
+        m = self.down(glu(self.gate_up(y, seed + 2), self.spec.activation), seed + 3)
+        return h + self._branch(m, self.mlp_post_norm)
+
+    def _branch(self, x: Tensor, norm: Tensor | None) -> Tensor:
+        if norm is not None:
+            x = rms_norm(x, norm, self.spec.eps, offset=self.spec.norm_offset)
+        return x if self.spec.residual_scale == 1.0 else x * self.spec.residual_scale
+
+    def _attend(self, qkv: Tensor, cu_seqlens: Tensor, tables: _Tables, cache: Cache | None) -> Tensor:
+        """qkv `[T, (heads + 2 kv_heads) * D]` -> `[T, heads * D]`."""
+        spec = self.spec
+        heads, kv_heads, dim = spec.heads, spec.kv_heads, spec.head_dim
+        window, softcap, scale = self.layer.window, spec.attention_softcap, spec.scale
+        if self.q_norm is None or self.k_norm is None:
+            fused = qkv.view(-1, heads + 2 * kv_heads, dim)
+            if tables is not None:
+                fused = rope(fused, *tables, heads=heads + kv_heads)
+            if cache is None:
+                out = attention_qkv(fused, heads, kv_heads, cu_seqlens, window=window, softcap=softcap, scale=scale)
+                return out.reshape(-1, heads * dim)
+            q, k, v = fused.split([heads, kv_heads, kv_heads], dim=1)
+        else:
+            q, k, v = qkv.split([heads * dim, kv_heads * dim, kv_heads * dim], dim=1)
+            if spec.qk_norm == "head":
+                q, k = q.unflatten(1, (heads, dim)), k.unflatten(1, (kv_heads, dim))
+            q = rms_norm(q, self.q_norm, spec.eps, offset=spec.norm_offset).view(-1, heads, dim)
+            k = rms_norm(k, self.k_norm, spec.eps, offset=spec.norm_offset).view(-1, kv_heads, dim)
+            v = v.unflatten(1, (kv_heads, dim))
+            if tables is not None:
+                q, k = rope(q, *tables), rope(k, *tables)
+        if cache is None:
+            out = attention(q, k, v, cu_seqlens, window=window, softcap=softcap, scale=scale)[0]
+        else:
+            k, v = cache.write(self.index, k, v)
+            out = attention(
+                q, k, v, cu_seqlens, cache.cu_seqlens_k, cache.seqused_k, window=window, softcap=softcap, scale=scale
+            )[0]
+        return out.reshape(-1, heads * dim)
+
+
+class Transformer(nn.Module):
+    """A language model. Weights are uninitialized until `enginepost.model` loads or creates them.
+
+    Attributes: spec; config: the config.json it came from; checkpointing: recompute each block's activations in the backward
+    pass instead of keeping them (same bits, less memory); dropout_seed: keys the dropout of LoRA, to be set anew for every
+    micro-batch of a training run.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, config: dict[str, Any], dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        device = torch.device(device)
+        self.spec, self.config = spec, config
+        self.checkpointing = False
+        self.dropout_seed = 0
+        self.lora_settings: LoraSettings | None = None
+        self.embedding = nn.Parameter(torch.empty(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device))
+        self.blocks = nn.ModuleList(Block(spec, i, dtype, device) for i in range(len(spec.layers)))
+        self.norm = nn.Parameter(torch.empty(spec.hidden_size, dtype=dtype, device=device))
+        self.head = None if spec.tied else nn.Parameter(torch.empty_like(self.embedding))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights and the activations."""
+        return self.embedding.dtype
+
+    @property
+    def head_weight(self) -> Tensor:
+        """`[V, H]`: the weight that turns hidden states into logits."""
+        return self.embedding if self.head is None else self.head
+
+    def hidden(self, ids: Tensor, cu_seqlens: Tensor, positions: Tensor, cache: Cache | None = None) -> Tensor:
+        """Hidden states after the final norm, ready for the head.
+
+        Args: ids int64 `[T]`; cu_seqlens int32 `[S+1]`; positions int64 `[T]`; cache: of earlier tokens (no gradients).
+        Returns: `[T, H]` in the model's dtype. Raises EnginepostError for an id outside the vocabulary.
+        """
+        self._check(ids)
+        spec = self.spec
+        h = F.embedding(ids, self.embedding)
+        if spec.embedding_scale != 1.0:
+            # Rounded to the weights' dtype first: Gemma was trained so.
+            h = h * float(torch.tensor(spec.embedding_scale, dtype=h.dtype))
+        turns = [tables(r, positions, cu_seqlens) for r in spec.ropes]
+        recompute = self.checkpointing and torch.is_grad_enabled() and cache is None
+        seed = self.dropout_seed * 4 * len(self.blocks)
+        for i, block in enumerate(self.blocks):
+            index = spec.layers[i].rope
+            turn = None if index is None else turns[index]
+            if recompute:
+                h = checkpoint(
+                    block, h, cu_seqlens, turn, seed + 4 * i, use_reentrant=False, preserve_rng_state=False
+                )  # fmt: skip
+            else:
+                h = block(h, cu_seqlens, turn, seed + 4 * i, cache)
+        h = rms_norm(h, self.norm, spec.eps, offset=spec.norm_offset)
+        return h if spec.logit_scale == 1.0 else h * spec.logit_scale
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden `[T, H]` -> float32 `[T, V]`, the final softcap applied."""
+        z = F.linear(hidden, self.head_weight).float()
+        cap = self.spec.final_softcap
+        return z if cap == 0.0 else cap * torch.tanh(z / cap)
+
+    def checkpoint_tensors(self) -> dict[str, Tensor]:
+        """Hugging Face name -> a view of the weight under it, in the order of the file."""
+        from enginepost.model.weights import layout
+
+        own = dict(self.named_parameters())
+        return {e.name: own[e.parameter].detach()[e.start : e.stop] for e in layout(self.spec)}
+
+    def _check(self, ids: Tensor) -> None:
+        if ids.numel() == 0:
+            return
+        low, high = (int(x) for x in torch.aminmax(ids))
+        if low < 0 or high >= self.spec.vocab_size:
+            worst = low if low < 0 else high
+            where = int((ids == worst).nonzero()[0])
+            raise EnginepostError(
+                f"token id {worst} at position {where} of the batch is outside the vocabulary of the model (0 to "
+                f"{self.spec.vocab_size - 1}); is the tokenizer that of another model?"
+            )

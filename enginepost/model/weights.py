@@ -1,0 +1,233 @@
+"""Weights of a Transformer under their Hugging Face names: load, create, save.
+
+The model keeps q|k|v and gate|up as one matrix each; a checkpoint has them apart (Phi-3 does not). `layout` lists, for every
+tensor of a checkpoint, the parameter and the rows of it that hold the tensor, so loading copies straight from the memory map
+into its place and saving writes views: neither holds a second copy of the model.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from enginepost.checkpoint import Checkpoint, Writer, copy_side_files
+from enginepost.errors import EnginepostError
+from enginepost.model.spec import ModelSpec
+from enginepost.model.transformer import Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Checkpoint tensor `name` is rows start .. stop of `parameter`. linear: it is the weight of a linear layer."""
+
+    name: str
+    parameter: str
+    start: int
+    stop: int
+    columns: int | None  # None: a vector
+    linear: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows = self.stop - self.start
+        return (rows,) if self.columns is None else (rows, self.columns)
+
+
+def layout(spec: ModelSpec) -> list[Entry]:
+    """Every tensor of a checkpoint of this model, in the order in which transformers writes them."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    entries = [Entry("model.embed_tokens.weight", "embedding", 0, spec.vocab_size, hidden, False)]
+
+    def linear(name: str, ours: str, inputs: int, bias: bool, parts: dict[str, int]) -> None:
+        start = 0
+        for part, rows in parts.items():
+            entries.append(Entry(f"{name}{part}.weight", f"{ours}.weight", start, start + rows, inputs, True))
+            if bias:
+                entries.append(Entry(f"{name}{part}.bias", f"{ours}.bias", start, start + rows, None, False))
+            start += rows
+
+    def vector(name: str, ours: str, size: int) -> None:
+        entries.append(Entry(f"{name}.weight", ours, 0, size, None, False))
+
+    for i in range(len(spec.layers)):
+        theirs, ours = f"model.layers.{i}.", f"blocks.{i}."
+        fused = spec.fused_checkpoint
+        qkv = {"qkv_proj": q + 2 * kv} if fused else {"q_proj": q, "k_proj": kv, "v_proj": kv}
+        linear(f"{theirs}self_attn.", f"{ours}qkv", hidden, spec.qkv_bias, qkv)
+        linear(f"{theirs}self_attn.", f"{ours}o", q, spec.output_bias, {"o_proj": hidden})
+        if spec.qk_norm:
+            whole = spec.qk_norm == "projection"
+            vector(f"{theirs}self_attn.q_norm", f"{ours}q_norm", q if whole else spec.head_dim)
+            vector(f"{theirs}self_attn.k_norm", f"{ours}k_norm", kv if whole else spec.head_dim)
+        gate_up = {"gate_up_proj": 2 * inner} if fused else {"gate_proj": inner, "up_proj": inner}
+        linear(f"{theirs}mlp.", f"{ours}gate_up", hidden, spec.mlp_bias, gate_up)
+        linear(f"{theirs}mlp.", f"{ours}down", inner, spec.mlp_bias, {"down_proj": hidden})
+        if spec.pre_norm:
+            # "post_attention_layernorm" follows attention where norms follow; elsewhere it precedes the MLP.
+            before_mlp = "pre_feedforward_layernorm" if spec.post_norm else "post_attention_layernorm"
+            vector(f"{theirs}input_layernorm", f"{ours}attention_norm", hidden)
+            vector(f"{theirs}{before_mlp}", f"{ours}mlp_norm", hidden)
+        if spec.post_norm:
+            vector(f"{theirs}post_attention_layernorm", f"{ours}attention_post_norm", hidden)
+            vector(f"{theirs}post_feedforward_layernorm", f"{ours}mlp_post_norm", hidden)
+    vector("model.norm", "norm", hidden)
+    if not spec.tied:
+        entries.append(Entry("lm_head.weight", "head", 0, spec.vocab_size, hidden, False))
+    return entries
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """The `config.json` of a model directory. Raises EnginepostError that names the file."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        kind = "is not a directory" if not Path(directory).is_dir() else "has no config.json"
+        raise EnginepostError(f"{directory} {kind}; expected a Hugging Face model directory")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise EnginepostError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise EnginepostError(f"{path}: expected an object, got {type(config).__name__}")
+    return config
+
+
+def load_model(
+    path: str | Path, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu",
+    adapter: str | Path | None = None,
+) -> Transformer:  # fmt: skip
+    """Load a Hugging Face model directory, and a PEFT adapter on top of it where one is named.
+
+    Args: path: config.json and safetensors, single or sharded; dtype: of weights and activations, float32 or bfloat16 (float64 runs
+        the reference kernels). Returns: a Transformer in evaluation mode.
+    Raises: EnginepostError for an unsupported config, a missing, unexpected or misshapen tensor.
+    """
+    path = Path(path)
+    config = read_config(path)
+    try:
+        spec = ModelSpec.from_config(config)
+    except EnginepostError as error:
+        raise type(error)(f"{path}: {error}") from None
+    checkpoint = Checkpoint(path)
+    model = Transformer(spec, config, dtype, device)
+    check_names(checkpoint, spec, path)
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for entry in layout(spec):
+            tensor = checkpoint.tensor(entry.name)
+            _check_dtype(tensor, entry, path)
+            own[entry.parameter][entry.start : entry.stop].copy_(tensor)
+            checkpoint.drop(entry.name)
+    if adapter is not None:
+        from enginepost.model.lora import load_adapter
+
+        load_adapter(model, adapter)
+    return model.eval()
+
+
+def check_names(checkpoint: Checkpoint, spec: ModelSpec, path: Path) -> None:
+    """Raise unless the checkpoint has exactly the tensors of the model, in their shapes."""
+    wanted = {e.name: e.shape for e in layout(spec)}
+    # A tied head may be stored beside the embedding; buffers of old exporters hold nothing that the config does not say.
+    ignored = {"lm_head.weight"} if spec.tied else set()
+    found = {n for n in checkpoint.names if n not in ignored and not n.endswith("rotary_emb.inv_freq")}
+    missing, unexpected = [n for n in wanted if n not in found], sorted(found - wanted.keys())
+    if missing or unexpected:
+        raise EnginepostError(
+            f"{path}: the tensors are not those of a {spec.family} model with this config.json: "
+            + "; ".join(
+                f"{word} {_few(names)}" for word, names in (("missing", missing), ("unexpected", unexpected)) if names
+            )
+            + ". Is config.json that of another model?"
+        )
+    for name, shape in wanted.items():
+        if tuple(checkpoint.shape(name)) != shape:
+            raise EnginepostError(
+                f"{path}: tensor {name!r} has shape {list(checkpoint.shape(name))}, but config.json asks for {list(shape)}"
+            )
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(repr(n) for n in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _check_dtype(tensor: Tensor, entry: Entry, path: Path) -> None:
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        raise EnginepostError(
+            f"{path}: tensor {entry.name!r} has dtype {str(tensor.dtype).removeprefix('torch.')}; expected float32, float16 or "
+            "bfloat16 (quantized checkpoints are not supported)"
+        )
+
+
+def create_model(
+    config: Mapping[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0, device: torch.device | str = "cpu"
+) -> Transformer:
+    """A model with random weights: matrices normal with the config's `initializer_range`, norms one, biases zero.
+
+    The same seed gives the same weights, drawn in float32 in the order of `layout`. Raises ConfigError for an unsupported config.
+    """
+    spec = ModelSpec.from_config(dict(config))
+    model = Transformer(spec, dict(config), dtype, device)
+    generator = torch.Generator().manual_seed(seed)
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for entry in layout(spec):
+            rows = own[entry.parameter][entry.start : entry.stop]
+            if entry.columns is not None:
+                rows.copy_(torch.empty(entry.shape).normal_(0.0, spec.initializer_range, generator=generator))
+            else:
+                rows.fill_(0.0 if entry.name.endswith(".bias") else 1.0 - spec.norm_offset)
+    return model
+
+
+_DTYPE_NAMES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float64: "float64",
+}
+
+
+def save_model(
+    model: Transformer, directory: str | Path, source: str | Path | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Write a Hugging Face model directory that transformers and `load_model` read.
+
+    Args: directory: made if missing; source: the model directory whose tokenizer, template and generation config are copied byte for
+        byte; dtype: of the stored weights, default the model's own.
+    The config is written as it came, but for the dtype it states. Raises EnginepostError when the model carries an adapter.
+    """
+    if model.lora_settings is not None:
+        raise EnginepostError(
+            "save_model writes base weights, but the model carries a LoRA adapter: write the adapter, and fuse it into a copy "
+            "of the base with `enginepost fuse`"
+        )
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    dtype = dtype or model.dtype
+    tensors = model.checkpoint_tensors()
+    writer = Writer(directory, {n: (dtype, tuple(t.shape)) for n, t in tensors.items()})
+    for name, tensor in tensors.items():
+        writer.write(name, tensor.to(dtype))
+    if source is not None:
+        copy_side_files(source, directory)
+    config = dict(model.config)
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    config[key] = _DTYPE_NAMES[dtype]
+    config.setdefault("architectures", None)
+    if not config["architectures"]:
+        from enginepost.model.spec import FAMILIES
+
+        config["architectures"] = [FAMILIES[model.spec.family].architecture]
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    writer.close()
+
+
+def parameter_count(model: Transformer, trainable: bool = False) -> int:
+    """Number of weights, or of those that train."""
+    return sum(math.prod(p.shape) for p in model.parameters() if p.requires_grad or not trainable)
