@@ -1,0 +1,160 @@
+"""`enginepost <verb>`: each verb is one call of the library. Imports wait until a verb runs, so that --help is instant."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from enginepost.errors import EnginepostError
+
+app = typer.Typer(
+    name="enginepost",
+    help="Fine-tune, align, merge and run language models on one's own machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Look at training data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+
+def _example(*lines: str) -> str:
+    """The epilog of a command: its example, one line each."""
+    return "\n\n".join(("[bold]Example[/bold]", *lines))
+
+
+@app.command(
+    epilog=_example("enginepost train recipe.yaml", "enginepost train recipe.yaml learning_rate=1e-4 lora.r=32 --resume")
+)
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE.YAML", help="What to train, on what, how.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to set, such as lora.r=8.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run directory.")] = False,
+) -> None:
+    """Train a model as a recipe says: LoRA or full, on instructions or raw text."""
+    from enginepost.recipe import parse_overrides
+    from enginepost.train.loop import Interrupted, train
+
+    try:
+        train(recipe, resume=resume, **parse_overrides(overrides or []))
+    except Interrupted as stop:
+        typer.echo(str(stop))
+        raise typer.Exit(128 + stop.signal) from None
+
+
+@app.command(
+    epilog=_example(
+        'enginepost generate models/SmolLM2-135M-Instruct --prompt "What is six times seven?"',
+        'enginepost generate MODEL --adapter runs/sft_lora/adapter --prompt "Hello" --temperature 0.7 --top-p 0.9',
+    )
+)
+def generate(
+    model: Annotated[str, typer.Argument(help="A Hugging Face model directory.")],
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="The prompt; give it again for more. `-` reads standard input.")],
+    adapter: Annotated[str | None, typer.Option(help="A PEFT adapter directory to use on top.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message, for models with a chat template.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 = greedy: always the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens that hold this share.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from this many of the likeliest tokens; 0 = all.")] = 0,
+    seed: Annotated[int, typer.Option()] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the model's chat template.")] = False,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+) -> None:
+    """Let a model answer a prompt (in its chat template if it has one) or continue it (--raw)."""
+    import enginepost
+
+    texts = [sys.stdin.read() if p == "-" else p for p in prompt]
+    language_model: Any = enginepost.load(model, adapter=adapter, dtype=dtype)
+    if language_model.tokenizer.chat_template is not None and not raw:
+        opening = [] if system is None else [{"role": "system", "content": system}]
+        texts = [language_model.chat_prompt([*opening, {"role": "user", "content": text}]) for text in texts]
+    elif system is not None:
+        raise EnginepostError("--system needs a chat template: this model has none, or --raw was given")
+    answers = language_model.generate(
+        texts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+    )
+    for answer in answers:
+        typer.echo(answer)
+
+
+@app.command(epilog=_example("enginepost fuse models/SmolLM2-135M runs/sft_lora/adapter models/mine"))
+def fuse(
+    model: Annotated[str, typer.Argument(help="The base: a Hugging Face model directory.")],
+    adapter: Annotated[str, typer.Argument(help="A PEFT LoRA adapter directory.")],
+    out: Annotated[str, typer.Argument(help="The directory to write.")],
+) -> None:
+    """Write the model with the adapter added into its weights, one tensor at a time."""
+    from enginepost.checkpoint import fuse
+
+    fuse(model, adapter, out)
+    typer.echo(f"wrote {out}; try: enginepost generate {out} --prompt ...")
+
+
+@app.command(epilog=_example("enginepost kernels", "ENGINEPOST_CPU=portable enginepost kernels"))
+def kernels() -> None:
+    """List the kernel families and what runs them here."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from enginepost.kernels import backend
+
+    info = backend.info()
+    console = Console()
+    console.print(
+        f"backend [bold]{info['backend']}[/bold], instruction set [bold]{info['isa']}[/bold] (built in: {', '.join(info['isas']) or 'none'}), "
+        f"{info['threads']} threads, torch {torch.__version__}",
+        highlight=False,
+    )
+    table = Table("family", "backend", "what it computes", box=None, pad_edge=False)
+    for name, does in _FAMILIES.items():
+        table.add_row(name, info["backend"], does)
+    console.print(table)
+
+
+@data_app.command(
+    epilog=_example("enginepost data preview recipe.yaml", "enginepost data preview rows.jsonl --model models/SmolLM2-135M")
+)
+def preview(
+    paths: Annotated[list[str], typer.Argument(metavar="RECIPE.YAML | FILES...", help="A recipe, or data files.")],
+    model: Annotated[str | None, typer.Option(help="The model directory whose tokenizer and template to use.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 3,
+    max_length: Annotated[int | None, typer.Option(min=2)] = None,
+    template: Annotated[str | None, typer.Option()] = None,
+    train_on: Annotated[str | None, typer.Option(help="assistant, all or last.")] = None,
+) -> None:
+    """Show what a run would train on: counts, lengths, and rows with the trained tokens coloured."""
+    raise NotImplementedError
+
+
+_FAMILIES = {
+    "attention": "softmax(q k^T) v over packed sequences: causal, GQA, windows, softcap",
+    "linear_logprob": "log-probability of targets from hidden states, without the logits",
+    "lora": "linear layer with low-rank updates, DoRA",
+    "norm": "RMSNorm, with or without the residual add",
+    "rope": "rotary position embedding",
+    "glu": "SwiGLU and GeGLU",
+    "adamw": "AdamW over many tensors, global gradient norm",
+}
+
+
+def main() -> None:
+    """Entry point: a user error is a message and exit code 1, never a traceback."""
+    try:
+        app()
+    except EnginepostError as error:
+        typer.secho("error: ", fg="red", bold=True, err=True, nl=False)
+        typer.echo(str(error), err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("\nstopped", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,332 @@
+"""The training loop. One optimizer step:
+
+    for each micro-batch (a pack of bins, one flat stream of tokens):
+        hidden   = model.hidden(ids, cu_seqlens, positions)          [T, H]
+        logprob  = linear_logprob(hidden, head, targets)             [T]; no [T, V] anywhere
+        objective(logprob, N).backward()                             N = trained tokens of the whole step
+    clip by the global norm, AdamW, next learning rate
+
+Nothing in it depends on how a run was cut into processes: what a step does follows from the recipe, the data and the step's number.
+"""
+
+import hashlib
+import math
+import os
+import pathlib
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from enginepost.data import Batch, Sequence, Tokenizer, collate, plan_batches, prepare
+from enginepost.errors import EnginepostError
+from enginepost.kernels import linear_logprob
+from enginepost.recipe import Recipe, load_recipe
+from enginepost.train import weights
+from enginepost.train.monitor import Monitor, SpikeWatch, resident_bytes
+from enginepost.train.objectives.sft import sft_loss
+from enginepost.train.optimizer import AdamW
+from enginepost.train.schedule import Plan, learning_rate
+from enginepost.train.state import RunDirectory, read_state, trainer_state, write_file
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+LISTED_ROWS = 8  # rows named in an error; a pack may hold hundreds
+
+
+class TrainingError(EnginepostError):
+    """Training stopped: the message names the step and the rows."""
+
+
+class Interrupted(EnginepostError):
+    """Training stopped on SIGINT or SIGTERM, after a checkpoint. `signal` is the number."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
+@dataclass
+class Rows:
+    """Tokenized rows of a run."""
+
+    train: list[Sequence]
+    validation: list[Sequence]
+    fingerprint: str  # of the training rows: tokens and labels
+
+
+def train(recipe: str | os.PathLike[str] | Mapping[str, Any], *, resume: bool = False, **overrides: Any) -> str:
+    """Train as the recipe says and return the run directory.
+
+    Args: recipe: a YAML file or a mapping of its keys; resume: go on from the newest checkpoint of the run directory (from the
+    beginning when it has none yet); overrides: recipe keys, the nested ones as `**{"lora.r": 8}`.
+    Raises: EnginepostError for anything wrong with recipe, data, model or directory; Interrupted after Ctrl-C or SIGTERM.
+    """
+    settings = load_recipe(recipe, overrides)
+    assert settings.output is not None
+    with RunDirectory(settings, resume=resume) as run:
+        result = run.path / ("model" if settings.lora is None else "adapter")
+        if result.exists():
+            print(f"{run.path} is complete: {result}")
+            return settings.output
+        _train(settings, run, result, command=_resume_command(recipe, settings))
+    return settings.output
+
+
+def _train(recipe: Recipe, run: RunDirectory, result: pathlib.Path, command: str) -> None:
+    rows = load_rows(recipe)
+    checkpoint = next(reversed(run.checkpoints()), None)
+    state = read_state(checkpoint) if checkpoint else None
+    if state and state["enginepost"]["data"] != rows.fingerprint:
+        raise TrainingError(f"{checkpoint}: cannot resume: the training rows are not those the run began with")
+    model = weights.load(recipe, DTYPES[recipe.dtype], checkpoint)
+    check_ids(rows.train + rows.validation, model.spec.vocab_size)
+    optimizer = AdamW(
+        weights.trainable(model),
+        betas=(recipe.betas[0], recipe.betas[1]),
+        eps=recipe.eps,
+        weight_decay=recipe.weight_decay,
+    )
+    step = 0
+    history: list[dict[str, Any]] = []
+    tokens = 0
+    if state and checkpoint:
+        step, history, tokens = state["global_step"], state["log_history"], state["num_input_tokens_seen"]
+        weights.load_optimizer(optimizer, checkpoint, step)
+    plan = Plan([len(s.ids) for s in rows.train], recipe)
+    write_file(run.path / "metrics.jsonl", "".join(f"{line}\n" for line in map(_json, history)))
+    monitor = Monitor(run.path, total=plan.total, step=step, history=history, tensorboard=recipe.tensorboard)
+
+    def save(step: int, epoch: float) -> pathlib.Path:
+        state = trainer_state(
+            recipe, step=step, total=plan.total, epoch=epoch, tokens=tokens, history=monitor.history, data=rows.fingerprint
+        )
+        return run.save(step, lambda d: weights.save(recipe, model, optimizer, d), state)
+
+    try:
+        monitor.say(_summary(recipe, model, rows, plan, checkpoint, step))
+        spikes, mark, since = SpikeWatch(), time.perf_counter(), tokens
+        with stop_signals() as stopped:
+            while step < plan.total:
+                step += 1
+                todo = plan.step(step)
+                batches = [collate([rows.train[i] for i in micro]) for micro in todo.micro_batches]
+                lr = learning_rate(step, plan.total, recipe)
+                loss, norm = optimizer_step(model, optimizer, batches, recipe, step=step, lr=lr, run=run)
+                tokens += sum(len(b.ids) for b in batches)
+                advice = spikes.check(norm)
+                if advice:
+                    monitor.say(f"step {step}: {advice}. Rows: {_listed(batches)}")
+                if step == 1 or step == plan.total or step % recipe.log_every == 0:
+                    now = time.perf_counter()
+                    monitor.log(
+                        {
+                            "step": step,
+                            "epoch": round(todo.epoch, 6),
+                            "loss": loss,
+                            "grad_norm": norm,
+                            "learning_rate": lr,
+                            "num_tokens": tokens,
+                            "tokens_per_second": (tokens - since) / (now - mark),
+                            "memory_gb": resident_bytes() / 1e9,
+                            "elapsed_seconds": now - monitor.start,
+                        }
+                    )
+                    mark, since = now, tokens
+                if rows.validation and _due(step, recipe.eval_every, todo.ends_epoch, step == plan.total):
+                    before = time.perf_counter()
+                    monitor.log({"step": step, "epoch": round(todo.epoch, 6), "eval_loss": evaluate(model, rows.validation, recipe)})
+                    mark += time.perf_counter() - before  # tokens_per_second is that of training
+                if stopped():
+                    place = save(step, todo.epoch)
+                    name = signal.Signals(stopped()).name
+                    raise Interrupted(f"stopped by {name} after step {step} of {plan.total}; saved {place}\ncontinue with: {command}", stopped())
+                if step % recipe.save_every == 0 and step < plan.total:
+                    save(step, todo.epoch)
+        run.write_directory(result, lambda d: weights.save_result(recipe, model, d))
+        monitor.say(f"done: {result}")
+    finally:
+        monitor.close()
+
+
+def optimizer_step(
+    model: Any, optimizer: AdamW, batches: list[Batch], recipe: Recipe, *, step: int, lr: float, run: RunDirectory | None = None
+) -> tuple[float, float]:
+    """Forward and backward over the micro-batches, clip, update. Returns (loss in nats per trained token, gradient norm before
+    clipping). Raises TrainingError, the weights untouched, when either is not finite."""
+    optimizer.zero_grad()
+    loss = accumulate(model, batches, recipe, step=step, run=run)
+    norm = optimizer.grad_norm()
+    if not math.isfinite(norm):
+        raise _not_finite(f"the gradient norm became {norm}", step, batches, run)
+    scale = 1.0 if recipe.clip is None or norm <= recipe.clip else recipe.clip / norm
+    optimizer.step(lr=lr, grad_scale=scale)
+    return loss, norm
+
+
+def accumulate(
+    model: Any, batches: list[Batch], recipe: Recipe, *, step: int = 1, run: RunDirectory | None = None
+) -> float:
+    """Add the gradients of the mean loss over all trained tokens of `batches`; returns that loss."""
+    count = sum(int((b.targets != -100).sum()) for b in batches)
+    if count == 0:
+        raise TrainingError(f"step {step}: no token of its rows is trained on: {_listed(batches)}")
+    total = 0.0
+    for index, batch in enumerate(batches):
+        seed = step_seed(recipe.seed, step, index)
+        torch.manual_seed(seed)
+        hidden = model.hidden(batch.ids, batch.cu_seqlens, batch.positions)
+        logprob, _, _ = linear_logprob(hidden, model.head_weight, batch.targets, softcap=model.spec.final_softcap)
+        loss = sft_loss(logprob, count)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise _not_finite(f"the loss became {value} in micro-batch {index + 1} of {len(batches)}", step, [batch], run)
+        loss.backward()
+        total += value
+    return total
+
+
+@torch.no_grad()
+def evaluate(model: Any, sequences: list[Sequence], recipe: Recipe) -> float:
+    """Mean loss in nats per trained token of the validation rows."""
+    plan = plan_batches(
+        [len(s.ids) for s in sequences], batch_size=recipe.batch_size, max_length=recipe.max_length, packing=recipe.packing
+    )
+    model.eval()
+    total, count = 0.0, 0
+    for micro in plan:
+        batch = collate([sequences[i] for i in micro])
+        hidden = model.hidden(batch.ids, batch.cu_seqlens, batch.positions)
+        logprob, _, _ = linear_logprob(hidden, model.head_weight, batch.targets, softcap=model.spec.final_softcap)
+        total += sft_loss(logprob, 1).item()
+        count += int((batch.targets != -100).sum())
+    model.train()
+    return total / max(count, 1)
+
+
+def load_rows(recipe: Recipe) -> Rows:
+    """Read, render and tokenize the data of a recipe, and set validation rows aside."""
+    tokenizer = Tokenizer.load(recipe.model)
+
+    def read(paths: list[str]) -> list[Sequence]:
+        dataset = prepare(
+            paths,
+            tokenizer,
+            method=recipe.method,
+            format=recipe.format,
+            template=recipe.template,
+            train_on=recipe.train_on,
+            max_length=recipe.max_length,
+            overlong=recipe.overlong,
+        )
+        print(dataset.report, flush=True)
+        return dataset.sequences
+
+    train, validation = read(recipe.data), []
+    if isinstance(recipe.validation, float):
+        train, validation = split_rows(train, recipe.validation, recipe.seed)
+    elif recipe.validation is not None:
+        validation = read(recipe.validation)
+    digest = hashlib.blake2b(digest_size=16)
+    for s in train:
+        digest.update(np.int64(len(s.ids)).tobytes() + s.ids.tobytes() + s.labels.tobytes())
+    return Rows(train, validation, digest.hexdigest())
+
+
+def split_rows(sequences: list[Sequence], fraction: float, seed: int) -> tuple[list[Sequence], list[Sequence]]:
+    """(training, validation) by whole rows: pieces of one long document never land on both sides. At least one row on each."""
+    rows = list(dict.fromkeys((s.source, s.row) for s in sequences))
+    if len(rows) < 2:
+        raise TrainingError(f"validation: {fraction}: the data has {len(rows)} row; a split needs at least 2")
+    count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
+    held = set(random.Random(seed).sample(rows, count))
+    return [s for s in sequences if (s.source, s.row) not in held], [s for s in sequences if (s.source, s.row) in held]
+
+
+def check_ids(sequences: list[Sequence], vocab_size: int) -> None:
+    """Raises: TrainingError naming the first row that has a token id outside the model's vocabulary."""
+    for s in sequences:
+        if len(s.ids) and (int(s.ids.max()) >= vocab_size or int(s.ids.min()) < 0):
+            bad = int(s.ids.max()) if int(s.ids.max()) >= vocab_size else int(s.ids.min())
+            raise TrainingError(
+                f"{s.source}:{s.row}: token id {bad} is outside the model's vocabulary of {vocab_size}; "
+                "the tokenizer and the model do not belong together"
+            )
+
+
+def step_seed(seed: int, step: int, micro_batch: int) -> int:
+    """Key of all randomness in one micro-batch (dropout)."""
+    digest = hashlib.blake2b(f"{seed}:{step}:{micro_batch}".encode(), digest_size=8)
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], int]]:
+    """Within, the first SIGINT or SIGTERM is only noted (the function given returns its number, else 0); a second one quits."""
+    received = 0
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal received
+        if received:
+            raise KeyboardInterrupt
+        received = number
+        print("\nstopping after this step; once more to quit at once", flush=True)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0
+        return
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: received
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def _due(step: int, every: int | None, ends_epoch: bool, last: bool) -> bool:
+    return last or (ends_epoch if every is None else step % every == 0)
+
+
+def _listed(batches: list[Batch]) -> str:
+    rows = [row for b in batches for row in b.rows]
+    more = f" and {len(rows) - LISTED_ROWS} more" if len(rows) > LISTED_ROWS else ""
+    return ", ".join(rows[:LISTED_ROWS]) + more
+
+
+def _not_finite(what: str, step: int, batches: list[Batch], run: RunDirectory | None) -> TrainingError:
+    saved = run.checkpoints() if run else []
+    last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
+    return TrainingError(
+        f"step {step}: {what}; training stopped before the update and {last}. Rows: {_listed(batches)}. Look at these rows, lower "
+        "learning_rate, or try dtype=fp32"
+    )
+
+
+def _json(value: Any) -> str:
+    import json
+
+    return json.dumps(value)
+
+
+def _resume_command(recipe: str | os.PathLike[str] | Mapping[str, Any], settings: Recipe) -> str:
+    if isinstance(recipe, Mapping):
+        return "enginepost.train(..., resume=True)"
+    return f"enginepost train {os.fspath(recipe)} --resume"
+
+
+def _summary(recipe: Recipe, model: nn.Module, rows: Rows, plan: Plan, checkpoint: pathlib.Path | None, step: int) -> str:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    kind = "full fine-tuning" if recipe.lora is None else f"LoRA r {recipe.lora.r}"
+    begin = f"resuming from {checkpoint} at step {step}" if checkpoint else "from the beginning"
+    return (
+        f"{recipe.method}, {kind}, {recipe.dtype}: {trained / 1e6:.2f}M of {total / 1e6:.1f}M parameters trained; "
+        f"{len(rows.train)} sequences, {len(rows.validation)} for validation; {plan.total} steps, {begin}"
+    )

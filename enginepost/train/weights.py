@@ -1,0 +1,78 @@
+"""The weights of a run: from a model directory or a checkpoint to a model ready to train, and back.
+
+A checkpoint of a LoRA run is a PEFT adapter directory, one of full fine-tuning a Hugging Face model directory; both also hold
+`optimizer.safetensors`, and with bfloat16 weights that file holds the exact (float32) ones.
+"""
+
+import pathlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from enginepost.checkpoint import Checkpoint, save_tensors
+from enginepost.errors import EnginepostError
+from enginepost.model import adapter_tensors, add_lora, load_adapter, load_model, save_adapter, save_model
+from enginepost.recipe import Recipe
+from enginepost.train.optimizer import AdamW
+
+
+def load(recipe: Recipe, dtype: torch.dtype, checkpoint: pathlib.Path | None) -> Any:
+    """The Transformer to train, with its adapter, at the weights of `checkpoint` where one is given."""
+    if recipe.lora is None:
+        model = load_model(checkpoint or recipe.model, dtype=dtype)
+    else:
+        model = load_model(recipe.model, dtype=dtype)
+        if recipe.adapter is not None:
+            load_adapter(model, recipe.adapter)
+        else:
+            add_lora(
+                model,
+                r=recipe.lora.r,
+                alpha=recipe.lora.alpha,
+                dropout=recipe.lora.dropout,
+                target_modules=recipe.lora.targets,
+                use_rslora=recipe.lora.rslora,
+                use_dora=recipe.lora.dora,
+                rank_pattern=recipe.lora.rank_pattern,
+                alpha_pattern=recipe.lora.alpha_pattern,
+                seed=recipe.seed,
+            )
+        if checkpoint is not None:
+            _restore_adapter(model, checkpoint)
+    model.checkpointing = recipe.checkpointing
+    return model.train()
+
+
+@torch.no_grad()
+def _restore_adapter(model: Any, checkpoint: pathlib.Path) -> None:
+    saved = Checkpoint(checkpoint / "adapter_model.safetensors")
+    mine = adapter_tensors(model)
+    if set(saved.names) != set(mine):
+        odd = sorted(set(saved.names) ^ set(mine))[0]
+        raise EnginepostError(f"{checkpoint}: the adapter's tensors are not those of the recipe; for one, {odd}")
+    for name, tensor in mine.items():
+        tensor.copy_(saved.tensor(name))
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_optimizer(optimizer: AdamW, checkpoint: pathlib.Path, steps: int) -> None:
+    saved = Checkpoint(checkpoint / "optimizer.safetensors")
+    optimizer.load({name: saved.tensor(name) for name in saved.names}, steps)
+
+
+def save(recipe: Recipe, model: Any, optimizer: AdamW, directory: pathlib.Path) -> None:
+    """All tensors of a checkpoint into an existing directory."""
+    save_result(recipe, model, directory)
+    save_tensors(directory / "optimizer.safetensors", optimizer.tensors())
+
+
+def save_result(recipe: Recipe, model: Any, directory: pathlib.Path) -> None:
+    """What the run is for: a Hugging Face model directory, or a PEFT adapter directory."""
+    if recipe.lora is None:
+        save_model(model, directory, source=recipe.model)
+    else:
+        save_adapter(model, directory, base_model=recipe.model)
