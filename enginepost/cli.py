@@ -26,14 +26,18 @@ def _example(*lines: str) -> str:
 
 
 @app.command(
-    epilog=_example("enginepost train recipe.yaml", "enginepost train recipe.yaml learning_rate=1e-4 lora.r=32 --resume")
+    epilog=_example(
+        "enginepost train recipe.yaml", "enginepost train recipe.yaml learning_rate=1e-4 lora.r=32 --resume"
+    )
 )
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE.YAML", help="What to train, on what, how.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to set, such as lora.r=8.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Recipe keys to set, such as lora.r=8.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run directory.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run directory.")
+    ] = False,
 ) -> None:
     """Train a model as a recipe says: LoRA or full, on instructions or raw text."""
     from enginepost.recipe import parse_overrides
@@ -54,15 +58,21 @@ def train(
 )
 def generate(
     model: Annotated[str, typer.Argument(help="A Hugging Face model directory.")],
-    prompt: Annotated[list[str], typer.Option("--prompt", "-p", help="The prompt; give it again for more. `-` reads standard input.")],
+    prompt: Annotated[
+        list[str], typer.Option("--prompt", "-p", help="Give it again for more; - reads standard input.")
+    ],
     adapter: Annotated[str | None, typer.Option(help="A PEFT adapter directory to use on top.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message, for models with a chat template.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 = greedy: always the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens that hold this share.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens that hold this share.")
+    ] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Sample from this many of the likeliest tokens; 0 = all.")] = 0,
     seed: Annotated[int, typer.Option()] = 0,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the model's chat template.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the model's chat template.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
 ) -> None:
     """Let a model answer a prompt (in its chat template if it has one) or continue it (--raw)."""
@@ -107,8 +117,8 @@ def kernels() -> None:
     info = backend.info()
     console = Console()
     console.print(
-        f"backend [bold]{info['backend']}[/bold], instruction set [bold]{info['isa']}[/bold] (built in: {', '.join(info['isas']) or 'none'}), "
-        f"{info['threads']} threads, torch {torch.__version__}",
+        f"backend [bold]{info['backend']}[/bold], instruction set [bold]{info['isa']}[/bold] "
+        f"(built in: {', '.join(info['isas']) or 'none'}), {info['threads']} threads, torch {torch.__version__}",
         highlight=False,
     )
     table = Table("family", "backend", "what it computes", box=None, pad_edge=False)
@@ -118,7 +128,9 @@ def kernels() -> None:
 
 
 @data_app.command(
-    epilog=_example("enginepost data preview recipe.yaml", "enginepost data preview rows.jsonl --model models/SmolLM2-135M")
+    epilog=_example(
+        "enginepost data preview recipe.yaml", "enginepost data preview rows.jsonl --model models/SmolLM2-135M"
+    )
 )
 def preview(
     paths: Annotated[list[str], typer.Argument(metavar="RECIPE.YAML | FILES...", help="A recipe, or data files.")],

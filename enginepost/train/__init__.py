@@ -10,7 +10,10 @@ monitor.py     progress, metrics.jsonl, TensorBoard, spikes
 
 import sys
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from enginepost.train.loop import train as train
 
 
 class _Package(types.ModuleType):
@@ -21,3 +24,11 @@ class _Package(types.ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name == "train":
+        from enginepost.train.loop import train
+
+        return train
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -28,7 +28,7 @@ from torch import nn
 
 from enginepost.data import Batch, Sequence, Tokenizer, collate, plan_batches, prepare
 from enginepost.errors import EnginepostError
-from enginepost.kernels import linear_logprob
+from enginepost.kernels.linear_logprob import linear_logprob
 from enginepost.recipe import Recipe, load_recipe
 from enginepost.train import weights
 from enginepost.train.monitor import Monitor, SpikeWatch, resident_bytes
@@ -106,7 +106,13 @@ def _train(recipe: Recipe, run: RunDirectory, result: pathlib.Path, command: str
 
     def save(step: int, epoch: float) -> pathlib.Path:
         state = trainer_state(
-            recipe, step=step, total=plan.total, epoch=epoch, tokens=tokens, history=monitor.history, data=rows.fingerprint
+            recipe,
+            step=step,
+            total=plan.total,
+            epoch=epoch,
+            tokens=tokens,
+            history=monitor.history,
+            data=rows.fingerprint,
         )
         return run.save(step, lambda d: weights.save(recipe, model, optimizer, d), state)
 
@@ -142,12 +148,21 @@ def _train(recipe: Recipe, run: RunDirectory, result: pathlib.Path, command: str
                     mark, since = now, tokens
                 if rows.validation and _due(step, recipe.eval_every, todo.ends_epoch, step == plan.total):
                     before = time.perf_counter()
-                    monitor.log({"step": step, "epoch": round(todo.epoch, 6), "eval_loss": evaluate(model, rows.validation, recipe)})
+                    monitor.log(
+                        {
+                            "step": step,
+                            "epoch": round(todo.epoch, 6),
+                            "eval_loss": evaluate(model, rows.validation, recipe),
+                        }
+                    )
                     mark += time.perf_counter() - before  # tokens_per_second is that of training
                 if stopped():
                     place = save(step, todo.epoch)
                     name = signal.Signals(stopped()).name
-                    raise Interrupted(f"stopped by {name} after step {step} of {plan.total}; saved {place}\ncontinue with: {command}", stopped())
+                    raise Interrupted(
+                        f"stopped by {name} after step {step} of {plan.total}; saved {place}\ncontinue with: {command}",
+                        stopped(),
+                    )
                 if step % recipe.save_every == 0 and step < plan.total:
                     save(step, todo.epoch)
         run.write_directory(result, lambda d: weights.save_result(recipe, model, d))
@@ -157,7 +172,14 @@ def _train(recipe: Recipe, run: RunDirectory, result: pathlib.Path, command: str
 
 
 def optimizer_step(
-    model: Any, optimizer: AdamW, batches: list[Batch], recipe: Recipe, *, step: int, lr: float, run: RunDirectory | None = None
+    model: Any,
+    optimizer: AdamW,
+    batches: list[Batch],
+    recipe: Recipe,
+    *,
+    step: int,
+    lr: float,
+    run: RunDirectory | None = None,
 ) -> tuple[float, float]:
     """Forward and backward over the micro-batches, clip, update. Returns (loss in nats per trained token, gradient norm before
     clipping). Raises TrainingError, the weights untouched, when either is not finite."""
@@ -180,14 +202,15 @@ def accumulate(
         raise TrainingError(f"step {step}: no token of its rows is trained on: {_listed(batches)}")
     total = 0.0
     for index, batch in enumerate(batches):
-        seed = step_seed(recipe.seed, step, index)
-        torch.manual_seed(seed)
+        model.dropout_seed = step_seed(recipe.seed, step, index)
         hidden = model.hidden(batch.ids, batch.cu_seqlens, batch.positions)
         logprob, _, _ = linear_logprob(hidden, model.head_weight, batch.targets, softcap=model.spec.final_softcap)
         loss = sft_loss(logprob, count)
         value = loss.item()
         if not math.isfinite(value):
-            raise _not_finite(f"the loss became {value} in micro-batch {index + 1} of {len(batches)}", step, [batch], run)
+            raise _not_finite(
+                f"the loss became {value} in micro-batch {index + 1} of {len(batches)}", step, [batch], run
+            )
         loss.backward()
         total += value
     return total
@@ -197,7 +220,10 @@ def accumulate(
 def evaluate(model: Any, sequences: list[Sequence], recipe: Recipe) -> float:
     """Mean loss in nats per trained token of the validation rows."""
     plan = plan_batches(
-        [len(s.ids) for s in sequences], batch_size=recipe.batch_size, max_length=recipe.max_length, packing=recipe.packing
+        [len(s.ids) for s in sequences],
+        batch_size=recipe.batch_size,
+        max_length=recipe.max_length,
+        packing=recipe.packing,
     )
     model.eval()
     total, count = 0.0, 0
@@ -229,7 +255,8 @@ def load_rows(recipe: Recipe) -> Rows:
         print(dataset.report, flush=True)
         return dataset.sequences
 
-    train, validation = read(recipe.data), []
+    train = read(recipe.data)
+    validation: list[Sequence] = []
     if isinstance(recipe.validation, float):
         train, validation = split_rows(train, recipe.validation, recipe.seed)
     elif recipe.validation is not None:
@@ -263,8 +290,8 @@ def check_ids(sequences: list[Sequence], vocab_size: int) -> None:
 
 def step_seed(seed: int, step: int, micro_batch: int) -> int:
     """Key of all randomness in one micro-batch (dropout)."""
-    digest = hashlib.blake2b(f"{seed}:{step}:{micro_batch}".encode(), digest_size=8)
-    return int.from_bytes(digest.digest(), "little") >> 1
+    digest = hashlib.blake2b(f"{seed}:{step}:{micro_batch}".encode(), digest_size=4)
+    return int.from_bytes(digest.digest(), "little")
 
 
 @contextmanager
@@ -321,7 +348,9 @@ def _resume_command(recipe: str | os.PathLike[str] | Mapping[str, Any], settings
     return f"enginepost train {os.fspath(recipe)} --resume"
 
 
-def _summary(recipe: Recipe, model: nn.Module, rows: Rows, plan: Plan, checkpoint: pathlib.Path | None, step: int) -> str:
+def _summary(
+    recipe: Recipe, model: nn.Module, rows: Rows, plan: Plan, checkpoint: pathlib.Path | None, step: int
+) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     kind = "full fine-tuning" if recipe.lora is None else f"LoRA r {recipe.lora.r}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from enginepost.errors import EnginepostError
-from enginepost.kernels import adamw_step, global_norm
+from enginepost.kernels.adamw import adamw_step, global_norm
 
 
 class AdamW:
