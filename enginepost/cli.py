@@ -129,19 +129,57 @@ def kernels() -> None:
 
 @data_app.command(
     epilog=_example(
-        "enginepost data preview recipe.yaml", "enginepost data preview rows.jsonl --model models/SmolLM2-135M"
+        "enginepost data preview recipe.yaml", "enginepost data preview rows.jsonl --model models/SmolLM2-135M-Instruct"
     )
 )
 def preview(
     paths: Annotated[list[str], typer.Argument(metavar="RECIPE.YAML | FILES...", help="A recipe, or data files.")],
-    model: Annotated[str | None, typer.Option(help="The model directory whose tokenizer and template to use.")] = None,
-    rows: Annotated[int, typer.Option(min=1, help="How many rows to show.")] = 3,
-    max_length: Annotated[int | None, typer.Option(min=2)] = None,
-    template: Annotated[str | None, typer.Option()] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Whose tokenizer and chat template to use; a recipe names its own.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=0, help="How many rows to show.")] = 3,
+    method: Annotated[str | None, typer.Option(help="sft or pretrain.")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="auto, text, prompt_completion, alpaca, sharegpt or messages.")
+    ] = None,
+    template: Annotated[str | None, typer.Option(help="A chat template by name, or a file.")] = None,
     train_on: Annotated[str | None, typer.Option(help="assistant, all or last.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of a bin.")] = None,
+    overlong: Annotated[str | None, typer.Option(help="error, drop or truncate.")] = None,
 ) -> None:
-    """Show what a run would train on: counts, lengths, and rows with the trained tokens coloured."""
-    raise NotImplementedError
+    """Show what a run would train on: rows with the trained tokens coloured, counts, lengths, truncations."""
+    from enginepost.data.preview import show
+    from enginepost.recipe import load_recipe
+
+    options = {
+        "model": model,
+        "method": method,
+        "format": format,
+        "template": template,
+        "train_on": train_on,
+        "max_length": max_length,
+        "overlong": overlong,
+    }
+    given = {key: value for key, value in options.items() if value is not None}
+    if len(paths) == 1 and paths[0].endswith((".yaml", ".yml")):
+        recipe = load_recipe(paths[0], given)
+    elif model is None:
+        raise EnginepostError(
+            "data files need --model DIRECTORY, whose tokenizer turns them into tokens; or give a recipe"
+        )
+    else:
+        recipe = load_recipe({"data": paths, **given})
+    show(
+        recipe.data,
+        recipe.model,
+        method=recipe.method,
+        format=recipe.format,
+        template=recipe.template,
+        train_on=recipe.train_on,
+        max_length=recipe.max_length,
+        overlong=recipe.overlong,
+        rows=rows,
+    )
 
 
 _FAMILIES = {

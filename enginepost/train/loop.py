@@ -10,23 +10,21 @@ Nothing in it depends on how a run was cut into processes: what a step does foll
 """
 
 import hashlib
+import json
 import math
 import os
 import pathlib
-import random
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from enginepost.data import Batch, Sequence, Tokenizer, collate, plan_batches, prepare
+from enginepost.data import Batch, plan_batches
 from enginepost.errors import EnginepostError
 from enginepost.kernels.linear_logprob import linear_logprob
 from enginepost.recipe import Recipe, load_recipe
@@ -34,6 +32,7 @@ from enginepost.train import weights
 from enginepost.train.monitor import Monitor, SpikeWatch, resident_bytes
 from enginepost.train.objectives.sft import sft_loss
 from enginepost.train.optimizer import AdamW
+from enginepost.train.rows import Rows, fingerprint, load_rows
 from enginepost.train.schedule import Plan, learning_rate
 from enginepost.train.state import RunDirectory, read_state, trainer_state, write_file
 
@@ -51,15 +50,6 @@ class Interrupted(EnginepostError):
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
         self.signal = signal
-
-
-@dataclass
-class Rows:
-    """Tokenized rows of a run."""
-
-    train: list[Sequence]
-    validation: list[Sequence]
-    fingerprint: str  # of the training rows: tokens and labels
 
 
 def train(recipe: str | os.PathLike[str] | Mapping[str, Any], *, resume: bool = False, **overrides: Any) -> str:
@@ -81,13 +71,13 @@ def train(recipe: str | os.PathLike[str] | Mapping[str, Any], *, resume: bool = 
 
 
 def _train(recipe: Recipe, run: RunDirectory, result: pathlib.Path, command: str) -> None:
-    rows = load_rows(recipe)
+    rows, validation = load_rows(recipe)
+    data = fingerprint(rows)
     checkpoint = next(reversed(run.checkpoints()), None)
     state = read_state(checkpoint) if checkpoint else None
-    if state and state["enginepost"]["data"] != rows.fingerprint:
+    if state and state["enginepost"]["data"] != data:
         raise TrainingError(f"{checkpoint}: cannot resume: the training rows are not those the run began with")
     model = weights.load(recipe, DTYPES[recipe.dtype], checkpoint)
-    check_ids(rows.train + rows.validation, model.spec.vocab_size)
     optimizer = AdamW(
         weights.trainable(model),
         betas=(recipe.betas[0], recipe.betas[1]),
@@ -100,8 +90,8 @@ def _train(recipe: Recipe, run: RunDirectory, result: pathlib.Path, command: str
     if state and checkpoint:
         step, history, tokens = state["global_step"], state["log_history"], state["num_input_tokens_seen"]
         weights.load_optimizer(optimizer, checkpoint, step)
-    plan = Plan([len(s.ids) for s in rows.train], recipe)
-    write_file(run.path / "metrics.jsonl", "".join(f"{line}\n" for line in map(_json, history)))
+    plan = Plan(rows.lengths, recipe)
+    write_file(run.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
     monitor = Monitor(run.path, total=plan.total, step=step, history=history, tensorboard=recipe.tensorboard)
 
     def save(step: int, epoch: float) -> pathlib.Path:
@@ -112,18 +102,18 @@ def _train(recipe: Recipe, run: RunDirectory, result: pathlib.Path, command: str
             epoch=epoch,
             tokens=tokens,
             history=monitor.history,
-            data=rows.fingerprint,
+            data=data,
         )
         return run.save(step, lambda d: weights.save(recipe, model, optimizer, d), state)
 
     try:
-        monitor.say(_summary(recipe, model, rows, plan, checkpoint, step))
+        monitor.say(_summary(recipe, model, rows, validation, plan, checkpoint, step))
         spikes, mark, since = SpikeWatch(), time.perf_counter(), tokens
         with stop_signals() as stopped:
             while step < plan.total:
                 step += 1
                 todo = plan.step(step)
-                batches = [collate([rows.train[i] for i in micro]) for micro in todo.micro_batches]
+                batches = [rows.batch(micro) for micro in todo.micro_batches]
                 lr = learning_rate(step, plan.total, recipe)
                 loss, norm = optimizer_step(model, optimizer, batches, recipe, step=step, lr=lr, run=run)
                 tokens += sum(len(b.ids) for b in batches)
@@ -146,13 +136,13 @@ def _train(recipe: Recipe, run: RunDirectory, result: pathlib.Path, command: str
                         }
                     )
                     mark, since = now, tokens
-                if rows.validation and _due(step, recipe.eval_every, todo.ends_epoch, step == plan.total):
+                if validation is not None and _due(step, recipe.eval_every, todo.ends_epoch, step == plan.total):
                     before = time.perf_counter()
                     monitor.log(
                         {
                             "step": step,
                             "epoch": round(todo.epoch, 6),
-                            "eval_loss": evaluate(model, rows.validation, recipe),
+                            "eval_loss": evaluate(model, validation, recipe),
                         }
                     )
                     mark += time.perf_counter() - before  # tokens_per_second is that of training
@@ -217,10 +207,10 @@ def accumulate(
 
 
 @torch.no_grad()
-def evaluate(model: Any, sequences: list[Sequence], recipe: Recipe) -> float:
+def evaluate(model: Any, rows: Rows, recipe: Recipe) -> float:
     """Mean loss in nats per trained token of the validation rows."""
     plan = plan_batches(
-        [len(s.ids) for s in sequences],
+        rows.lengths,
         batch_size=recipe.batch_size,
         max_length=recipe.max_length,
         packing=recipe.packing,
@@ -228,64 +218,13 @@ def evaluate(model: Any, sequences: list[Sequence], recipe: Recipe) -> float:
     model.eval()
     total, count = 0.0, 0
     for micro in plan:
-        batch = collate([sequences[i] for i in micro])
+        batch = rows.batch(micro)
         hidden = model.hidden(batch.ids, batch.cu_seqlens, batch.positions)
         logprob, _, _ = linear_logprob(hidden, model.head_weight, batch.targets, softcap=model.spec.final_softcap)
         total += sft_loss(logprob, 1).item()
         count += int((batch.targets != -100).sum())
     model.train()
     return total / max(count, 1)
-
-
-def load_rows(recipe: Recipe) -> Rows:
-    """Read, render and tokenize the data of a recipe, and set validation rows aside."""
-    tokenizer = Tokenizer.load(recipe.model)
-
-    def read(paths: list[str]) -> list[Sequence]:
-        dataset = prepare(
-            paths,
-            tokenizer,
-            method=recipe.method,
-            format=recipe.format,
-            template=recipe.template,
-            train_on=recipe.train_on,
-            max_length=recipe.max_length,
-            overlong=recipe.overlong,
-        )
-        print(dataset.report, flush=True)
-        return dataset.sequences
-
-    train = read(recipe.data)
-    validation: list[Sequence] = []
-    if isinstance(recipe.validation, float):
-        train, validation = split_rows(train, recipe.validation, recipe.seed)
-    elif recipe.validation is not None:
-        validation = read(recipe.validation)
-    digest = hashlib.blake2b(digest_size=16)
-    for s in train:
-        digest.update(np.int64(len(s.ids)).tobytes() + s.ids.tobytes() + s.labels.tobytes())
-    return Rows(train, validation, digest.hexdigest())
-
-
-def split_rows(sequences: list[Sequence], fraction: float, seed: int) -> tuple[list[Sequence], list[Sequence]]:
-    """(training, validation) by whole rows: pieces of one long document never land on both sides. At least one row on each."""
-    rows = list(dict.fromkeys((s.source, s.row) for s in sequences))
-    if len(rows) < 2:
-        raise TrainingError(f"validation: {fraction}: the data has {len(rows)} row; a split needs at least 2")
-    count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
-    held = set(random.Random(seed).sample(rows, count))
-    return [s for s in sequences if (s.source, s.row) not in held], [s for s in sequences if (s.source, s.row) in held]
-
-
-def check_ids(sequences: list[Sequence], vocab_size: int) -> None:
-    """Raises: TrainingError naming the first row that has a token id outside the model's vocabulary."""
-    for s in sequences:
-        if len(s.ids) and (int(s.ids.max()) >= vocab_size or int(s.ids.min()) < 0):
-            bad = int(s.ids.max()) if int(s.ids.max()) >= vocab_size else int(s.ids.min())
-            raise TrainingError(
-                f"{s.source}:{s.row}: token id {bad} is outside the model's vocabulary of {vocab_size}; "
-                "the tokenizer and the model do not belong together"
-            )
 
 
 def step_seed(seed: int, step: int, micro_batch: int) -> int:
@@ -336,12 +275,6 @@ def _not_finite(what: str, step: int, batches: list[Batch], run: RunDirectory | 
     )
 
 
-def _json(value: Any) -> str:
-    import json
-
-    return json.dumps(value)
-
-
 def _resume_command(recipe: str | os.PathLike[str] | Mapping[str, Any], settings: Recipe) -> str:
     if isinstance(recipe, Mapping):
         return "enginepost.train(..., resume=True)"
@@ -349,13 +282,27 @@ def _resume_command(recipe: str | os.PathLike[str] | Mapping[str, Any], settings
 
 
 def _summary(
-    recipe: Recipe, model: nn.Module, rows: Rows, plan: Plan, checkpoint: pathlib.Path | None, step: int
+    recipe: Recipe,
+    model: nn.Module,
+    rows: Rows,
+    validation: Rows | None,
+    plan: Plan,
+    checkpoint: pathlib.Path | None,
+    step: int,
 ) -> str:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     kind = "full fine-tuning" if recipe.lora is None else f"LoRA r {recipe.lora.r}"
     begin = f"resuming from {checkpoint} at step {step}" if checkpoint else "from the beginning"
     return (
-        f"{recipe.method}, {kind}, {recipe.dtype}: {trained / 1e6:.2f}M of {total / 1e6:.1f}M parameters trained; "
-        f"{len(rows.train)} sequences, {len(rows.validation)} for validation; {plan.total} steps, {begin}"
+        f"{recipe.method}, {kind}, {recipe.dtype}: {_short(trained)} of {_short(total)} parameters trained; "
+        f"{len(rows)} sequences, {0 if validation is None else len(validation)} for validation; {plan.total} steps, {begin}"
     )
+
+
+def _short(n: int) -> str:
+    """1234567 -> "1.2M"."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.3g}{unit}"
+    return str(n)

@@ -10,9 +10,12 @@ The order of rows depends only on the seed and the epoch, so a run that resumes 
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
+from enginepost.data import plan_batches
 from enginepost.recipe import Recipe
 
 
@@ -43,7 +46,7 @@ class Step:
 class Plan:
     """All optimizer steps of a run, in order. The last step of an epoch may have fewer micro-batches than the others."""
 
-    def __init__(self, lengths: Sequence[int], recipe: Recipe) -> None:
+    def __init__(self, lengths: NDArray[np.int64], recipe: Recipe) -> None:
         self._lengths, self._recipe = lengths, recipe
         self._epochs: list[list[Step]] = []
         self._starts = [0]  # first step of every epoch, counted from 0
@@ -62,8 +65,6 @@ class Plan:
         return total
 
     def _extend(self) -> list[Step]:
-        from enginepost.data import plan_batches
-
         r, epoch = self._recipe, len(self._epochs)
         batches = plan_batches(
             self._lengths, batch_size=r.batch_size, max_length=r.max_length, packing=r.packing, seed=r.seed + epoch

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from enginepost.checkpoint import Checkpoint, save_tensors
+from enginepost.checkpoint import Adapter, Checkpoint, LoraWeights, save_tensors, write_adapter
 from enginepost.errors import EnginepostError
-from enginepost.model import adapter_tensors, add_lora, load_adapter, load_model, save_adapter, save_model
+from enginepost.model import adapter_tensors, add_lora, load_adapter, load_model, save_model
+from enginepost.model.lora import updates
 from enginepost.recipe import Recipe
 from enginepost.train.optimizer import AdamW
 
@@ -75,4 +76,27 @@ def save_result(recipe: Recipe, model: Any, directory: pathlib.Path) -> None:
     if recipe.lora is None:
         save_model(model, directory, source=recipe.model)
     else:
-        save_adapter(model, directory, base_model=recipe.model)
+        write_adapter(directory, adapter_of(model, recipe.model))
+
+
+def adapter_of(model: Any, base_model: str) -> Adapter:
+    """The model's adapter as PEFT describes it."""
+    settings = model.lora_settings
+    config = {
+        "base_model_name_or_path": base_model,
+        "r": settings.r,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "target_modules": None if settings.target_modules == "all-linear" else settings.target_modules,
+        "use_rslora": settings.use_rslora,
+        "use_dora": settings.use_dora,
+        "rank_pattern": settings.rank_pattern,
+        "alpha_pattern": settings.alpha_pattern,
+    }
+    parts = {
+        path: LoraWeights(
+            u.A.detach(), u.B.detach(), None if u.magnitude is None else u.magnitude.detach(), u.r, u.alpha
+        )
+        for path, u in updates(model).items()
+    }
+    return Adapter(config, parts)
