@@ -85,7 +85,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line.decode())
+                yield number, json.loads(line.decode().rstrip())
             except UnicodeDecodeError as error:
                 raise DataError(f"{path}, line {number}: not UTF-8 text: {error.reason}") from error
             except json.JSONDecodeError as error:
@@ -142,12 +142,12 @@ def _csv(path: Path) -> Iterator[Row]:
         try:
             for number, record in enumerate(rows, 1):
                 if None in record:
-                    raise DataError(f"{path}:{number} (line {rows.line_num}): more fields than the header has")
+                    raise DataError(f"{path}:{number} (line {rows.reader.line_num}): more fields than the header has")
                 yield number, {key: value for key, value in record.items() if value is not None}
         except csv.Error as error:
-            raise DataError(f"{path}, line {rows.line_num}: not valid CSV: {error}") from error
+            raise DataError(f"{path}, line {rows.reader.line_num}: not valid CSV: {error}") from error
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}, after line {rows.line_num}: not UTF-8 text: {error.reason}") from error
+            raise DataError(f"{path}, after line {rows.reader.line_num}: not UTF-8 text: {error.reason}") from error
 
 
 def _document(path: Path) -> Iterator[Row]:

@@ -1,0 +1,102 @@
+"""A coloured view of training data: what is trained on, what is only read, and what happened to the rows.
+
+Green is trained on, dim is context, special tokens are underlined, a line end is shown as ⏎. Each sequence is decoded from its
+ids, so this is what the model sees, not what the file says.
+"""
+
+from itertools import groupby
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from enginepost.data.dataset import Dataset, prepare
+from enginepost.data.files import Paths
+from enginepost.data.packing import Sequence, best_fit
+from enginepost.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+
+def show(
+    paths: Paths,
+    tokenizer_dir: "str | Path",
+    *,
+    method: Literal["sft", "pretrain"] = "sft",
+    format: str = "auto",
+    template: str | None = None,
+    train_on: Literal["assistant", "all", "last"] = "assistant",
+    max_length: int = 2048,
+    overlong: Literal["error", "drop", "truncate"] = "error",
+    rows: int = 3,
+    console: "Console | None" = None,
+) -> Dataset:
+    """Prepare `paths` as training would and print `rows` sequences, then the counts. Errors are those of `prepare`."""
+    from rich.console import Console
+    from rich.panel import Panel
+
+    console = console or Console()
+    tokenizer = Tokenizer.load(tokenizer_dir)
+    dataset = prepare(
+        paths, tokenizer, method=method, format=format, template=template, train_on=train_on, max_length=max_length,
+        overlong=overlong,
+    )  # fmt: skip
+    for index in range(min(rows, len(dataset))):
+        sequence = dataset[index]
+        title = f"{sequence.place} · {len(sequence.ids):,} tokens, {int(sequence.labels.sum()):,} trained on"
+        console.print(Panel(coloured(sequence, tokenizer), title=title, title_align="left", border_style="dim"))
+    console.print("[green]trained on[/]  [dim]context[/]  [underline]special token[/]")
+    console.print(summary(dataset, max_length))
+    for note in dataset.report.notes():
+        console.print(f"note: {note}", style="yellow", markup=False)
+    return dataset
+
+
+def coloured(sequence: Sequence, tokenizer: Tokenizer) -> "Text":
+    """The text of one sequence, styled by label."""
+    from rich.text import Text
+
+    special = set(tokenizer.specials.values())
+    styles = [
+        ("bold green" if label else "dim") + (" underline" if id in special else "")
+        for id, label in zip(sequence.ids.tolist(), sequence.labels.tolist(), strict=True)
+    ]
+    text, done, at = Text(), "", 0
+    for style, run in groupby(styles):
+        at += len(list(run))
+        # Decoded from the start, as a run alone may lose its first space or half a character.
+        so_far = tokenizer.decode(sequence.ids[:at])
+        text.append(so_far[len(done) :].replace("\n", "⏎\n"), style)
+        done = so_far
+    return text
+
+
+def summary(dataset: Dataset, max_length: int) -> "Table":
+    """Counts, lengths, the trained share and how full the packed bins are."""
+    from rich.table import Table
+
+    report, lengths = dataset.report, dataset.lengths
+    bins = best_fit(np.arange(len(lengths)), lengths, max_length)
+    low, middle, high, top = np.percentile(lengths, [0, 50, 95, 100])
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, formats in report.formats.items():
+        table.add_row(
+            "file", f"{name}  ({', '.join(f'{count:,} {kind}' for kind, count in formats.items()) or 'no record'})"
+        )
+    table.add_row("rows", f"{report.rows:,} read, {report.sequences:,} sequences")
+    table.add_row(
+        "left out",
+        f"{report.truncated:,} truncated, {report.dropped:,} dropped as overlong, {report.skipped:,} empty documents skipped",
+    )
+    table.add_row("length", f"min {low:,.0f}, median {middle:,.0f}, p95 {high:,.0f}, max {top:,.0f} tokens")
+    table.add_row(
+        "tokens",
+        f"{report.tokens:,}, of which {report.trained_tokens:,} trained on ({report.trained_tokens / report.tokens:.1%})",
+    )
+    fill = report.tokens / (len(bins) * max_length)
+    table.add_row("packing", f"{len(bins):,} bins of {max_length:,} tokens, {fill:.1%} full")
+    return table
