@@ -130,7 +130,7 @@ def prepare(
     build = _Builder(tokenizer, max_length, overlong, method, vocab_size, names)
     for number, path in enumerate(files):
         rows = (
-            _Row(number, row, *_text_and_spans(value, f"{path}:{row}", tokenizer, method, format, template, train_on))
+            _row(number, row, f"{path}:{row}", value, tokenizer, method, format, template, train_on)
             for row, value in read(path)
         )
         for batch in _batches(rows):
@@ -148,9 +148,11 @@ class _Row:
     raw: bool  # no template wrote bos and eos
 
 
-def _text_and_spans(
-    value: object, place: str, tokenizer: Tokenizer, method: str, format: str, template: str | None, train_on: str
-) -> tuple[str, str, list[spans.Span] | None, bool]:
+def _row(
+    file: int, number: int, place: str, value: object, tokenizer: Tokenizer, method: str, format: str, template: str | None,
+    train_on: str,
+) -> _Row:  # fmt: skip
+    """One record as text and trained spans; any error names its place."""
     if method == "pretrain" and format == "auto":
         format = "text"
     record = records.parse(value, place, format)
@@ -162,13 +164,20 @@ def _text_and_spans(
         record = records.Record(record.format, messages=messages, train=[None, None])
     if record.messages is None:
         whole = record.prompt_length == 0 or train_on == "all"
-        return record.format, record.text, None if whole else [(record.prompt_length, len(record.text))], True
+        text, found = record.text, None if whole else [(record.prompt_length, len(record.text))]
+    else:
+        try:
+            source = resolve(template, tokenizer, tools=record.tools is not None)
+            text, found = spans.conversation(record, source, train_on, tokenizer.special_tokens, tokenizer.specials)
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from error
     try:
-        source = resolve(template, tokenizer, tools=record.tools is not None)
-        text, found = spans.conversation(record, source, train_on, tokenizer.special_tokens, tokenizer.specials)
-    except DataError as error:
-        raise DataError(f"{place}: {error}") from error
-    return record.format, text, found, False
+        text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: the text has half a surrogate pair ({text[error.start]!r}), which is no character"
+        ) from error
+    return _Row(file, number, record.format, text, found, record.messages is None)
 
 
 def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:

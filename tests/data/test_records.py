@@ -89,7 +89,7 @@ def test_forced_format() -> None:
     with pytest.raises(DataError, match=r"f:1: the keys \['text'\].*Tried: alpaca \(instruction, output\)$"):
         parse({"text": "t"}, "f:1", "alpaca")
     with pytest.raises(
-        DataError, match="unknown format 'chat'.*auto, messages, sharegpt, alpaca, prompt_completion, text"
+        DataError, match=r"unknown format 'chat'.*auto, messages, sharegpt, alpaca, prompt_completion, text"
     ):
         parse(both, "f:1", "chat")
 

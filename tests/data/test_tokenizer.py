@@ -132,7 +132,7 @@ def test_broken_files(folder: Path, name: str, content: str, message: str) -> No
 
 
 def test_missing_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no tokenizer.json and no tokenizer.model"):
+    with pytest.raises(DataError, match=r"no tokenizer.json and no tokenizer.model"):
         Tokenizer.load(tmp_path)
     with pytest.raises(DataError, match="no such model directory"):
         Tokenizer.load(tmp_path / "nowhere")
