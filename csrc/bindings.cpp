@@ -12,6 +12,7 @@
 #include "enginepost/attention.h"
 #include "enginepost/core.h"
 #include "enginepost/glu.h"
+#include "enginepost/linear_logprob.h"
 #include "enginepost/matmul.h"
 #include "enginepost/norm.h"
 #include "enginepost/rope.h"
@@ -148,6 +149,20 @@ PYBIND11_MODULE(_core, m) {
     Arg a(dy), b(x), c(dx);
     run([&] { return ep_glu_backward(a, b, c, activation, nullptr); });
   });
+
+  m.def("linear_logprob_forward", [](O hidden, O weight, O targets, O logprob, O lse, O entropy, O direction, double softcap) {
+    Arg a(hidden), b(weight), c(targets), d(logprob), e(lse), f(entropy), g(direction);
+    int64_t bytes = 0;
+    if (a.rank() == 2) bytes = ep_linear_logprob_forward_workspace_bytes(a->shape[0], a->shape[1]);
+    run([&] { return ep_linear_logprob_forward(a, b, c, d, e, f, g, softcap, scratch(bytes), nullptr); });
+  });
+  m.def("linear_logprob_backward",
+        [](O dlogprob, O dentropy, O hidden, O weight, O targets, O lse, O entropy, O dhidden, O dweight, double softcap) {
+          Arg a(dlogprob), b(dentropy), c(hidden), d(weight), e(targets), f(lse), g(entropy), h(dhidden), i(dweight);
+          int64_t bytes = 0;
+          if (c.rank() == 2) bytes = ep_linear_logprob_backward_workspace_bytes(c->shape[0], c->shape[1]);
+          run([&] { return ep_linear_logprob_backward(a, b, c, d, e, f, g, h, i, softcap, scratch(bytes), nullptr); });
+        });
 
   m.def("matmul", [](O a, O b, O a2, O b2, O c, bool accumulate) {
     Arg x(a), y(b), x2(a2), y2(b2), z(c);

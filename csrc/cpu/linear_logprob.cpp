@@ -1,0 +1,222 @@
+// Checks and entry points of linear_logprob; the passes are in linear_logprob_forward.cpp and linear_logprob_backward.cpp.
+#include "enginepost/linear_logprob.h"
+
+#include <cstring>
+
+#include "linear_logprob.h"
+#include "parallel.h"
+
+#ifdef EP_API
+
+using namespace ep;
+
+constexpr int64_t SKIPPED = -100;
+
+// A vector with one entry per token.
+static int check_vector(const char *fn, const char *name, const Tensor &t, int64_t tokens) {
+  EP_REQUIRE(t.shape[0] == tokens && t.contiguous, "%s: %s must be contiguous with one element per row of hidden, %lld, got %lld",
+             fn, name, (long long)tokens, (long long)t.shape[0]);
+  return EP_OK;
+}
+
+static int check_matrix(const char *fn, const char *name, const Tensor &t, const char *like, const Tensor &of) {
+  EP_REQUIRE(t.shape[0] == of.shape[0] && t.shape[1] == of.shape[1],
+             "%s: %s must have the shape of %s, (%lld, %lld), got (%lld, %lld)", fn, name, like, (long long)of.shape[0],
+             (long long)of.shape[1], (long long)t.shape[0], (long long)t.shape[1]);
+  EP_REQUIRE(t.shape[0] <= 1 || t.shape[1] == 0 || t.stride[0] >= t.shape[1], "%s: rows of %s overlap", fn, name);
+  return EP_OK;
+}
+
+namespace {
+struct Inputs {
+  Tensor hidden, weight, targets, lse;
+  LogprobShape shape;
+};
+}  // namespace
+
+static int check_inputs(const char *fn, Inputs &in, const DLTensor *hidden, const DLTensor *weight, const DLTensor *targets,
+                        const DLTensor *lse, double softcap) {
+  if (!view(in.hidden, hidden, fn, "hidden", 2, FLOATS) || !view(in.weight, weight, fn, "weight", 2, FLOATS) ||
+      !view(in.targets, targets, fn, "targets", 1, I64) || !view(in.lse, lse, fn, "lse", 1, F32)) {
+    return EP_INVALID_ARGUMENT;
+  }
+  const int64_t tokens = in.hidden.shape[0], width = in.hidden.shape[1], vocab = in.weight.shape[0];
+  EP_REQUIRE(in.weight.shape[1] == width, "%s: weight must have the width of hidden, %lld, got (%lld, %lld)", fn, (long long)width,
+             (long long)vocab, (long long)in.weight.shape[1]);
+  EP_REQUIRE(width >= 1 && vocab >= 1, "%s: weight (%lld, %lld) is empty", fn, (long long)vocab, (long long)width);
+  EP_REQUIRE(vocab <= int64_t(1) << 31, "%s: weight has %lld rows; up to 2^31 are supported", fn, (long long)vocab);
+  if (int status = check_vector(fn, "targets", in.targets, tokens)) return status;
+  if (int status = check_vector(fn, "lse", in.lse, tokens)) return status;
+  EP_REQUIRE(softcap >= 0 && softcap - softcap == 0, "%s: softcap must be 0 (none) or positive, got %g", fn, softcap);
+  const int64_t *y = reinterpret_cast<const int64_t *>(in.targets.data);
+  int64_t kept = 0;
+  for (int64_t t = 0; t < tokens; t++) {
+    EP_REQUIRE(y[t] == SKIPPED || (y[t] >= 0 && y[t] < vocab),
+               "%s: targets[%lld] = %lld is not in the vocabulary of %lld entries, nor -100 (skipped)", fn, (long long)t,
+               (long long)y[t], (long long)vocab);
+    kept += y[t] != SKIPPED;
+  }
+  in.shape = {in.hidden.data,
+              in.weight.data,
+              in.hidden.stride[0],
+              in.weight.stride[0],
+              in.hidden.dtype == BF16,
+              in.weight.dtype == BF16,
+              y,
+              nullptr,
+              tokens,
+              kept,
+              width,
+              vocab,
+              float(softcap)};
+  return EP_OK;
+}
+
+static void list_rows(const LogprobShape &s) {
+  for (int64_t t = 0, i = 0; t < s.tokens; t++) {
+    if (s.targets[t] != SKIPPED) s.rows[i++] = t;
+  }
+}
+
+static void clear_rows(const LogprobShape &s, char *data, int64_t row_bytes, int64_t bytes) {
+  for (int64_t t = 0; t < s.tokens; t++) {
+    if (s.targets[t] == SKIPPED) std::memset(data + t * row_bytes, 0, size_t(bytes));
+  }
+}
+
+// Hands out parts of the workspace, each on a cache line of its own; with a null workspace it only counts.
+namespace {
+struct Carver {
+  char *base;
+  int64_t bytes = 0;
+  template <class T>
+  T *take(int64_t count) {
+    T *part = base == nullptr ? nullptr : reinterpret_cast<T *>(base + bytes);
+    bytes += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    return part;
+  }
+};
+}  // namespace
+
+static int64_t carve_forward(LogprobForward &a, char *workspace, int64_t rows, int64_t width) {
+  Carver at{workspace};
+  a.shape.rows = at.take<int64_t>(rows);
+  a.turn = at.take<int32_t>(blocks_of(rows, ROWS));
+  a.row_max = at.take<float>(padded_rows(rows));
+  a.row_sum = at.take<float>(padded_rows(rows));
+  a.row_spread = at.take<float>(padded_rows(rows));
+  a.target_logit = at.take<float>(padded_rows(rows));
+  a.hidden_panels = at.take<float>(panel_floats(rows, width));
+  a.scratch = at.take<float>(forward_scratch(rows, width) * num_threads());
+  return at.bytes;
+}
+
+static int64_t carve_backward(LogprobBackward &a, char *workspace, int64_t rows, int64_t width) {
+  Carver at{workspace};
+  a.shape.rows = at.take<int64_t>(rows);
+  a.turn = at.take<int32_t>(blocks_of(rows, ROWS));
+  a.row_values = at.take<float>(4 * padded_rows(rows));
+  a.hidden_panels = at.take<float>(panel_floats(rows, width));
+  a.dhidden_panels = at.take<float>(panel_floats(rows, width));
+  a.hidden_lines = at.take<float>(line_floats(rows, width));
+  a.scratch = at.take<float>(backward_scratch(rows, width) * num_threads());
+  return at.bytes;
+}
+
+extern "C" int64_t ep_linear_logprob_forward_workspace_bytes(int64_t tokens, int64_t width) {
+  LogprobForward unused{};
+  return carve_forward(unused, nullptr, tokens, width);
+}
+
+extern "C" int64_t ep_linear_logprob_backward_workspace_bytes(int64_t tokens, int64_t width) {
+  LogprobBackward unused{};
+  return carve_backward(unused, nullptr, tokens, width);
+}
+
+static int check_workspace(const char *fn, const void *workspace) {
+  EP_REQUIRE(workspace != nullptr && reinterpret_cast<uintptr_t>(workspace) % 64 == 0, "%s: workspace must be 64-byte aligned", fn);
+  return EP_OK;
+}
+
+static float *floats(const Tensor &t) { return reinterpret_cast<float *>(t.data); }
+
+extern "C" int ep_linear_logprob_forward(const DLTensor *hidden, const DLTensor *weight, const DLTensor *targets,
+                                         const DLTensor *logprob, const DLTensor *lse, const DLTensor *entropy,
+                                         const DLTensor *direction, double softcap, void *workspace, void *) {
+  const char *fn = "linear_logprob_forward";
+  Inputs in;
+  if (int status = check_inputs(fn, in, hidden, weight, targets, lse, softcap)) return status;
+  EP_VIEW(logprobv, logprob, 1, F32);
+  EP_VIEW_OPTIONAL(entropyv, entropy, 1, F32);
+  EP_VIEW_OPTIONAL(directionv, direction, 2, F32);
+  const LogprobShape &s = in.shape;
+  if (int status = check_vector(fn, "logprob", logprobv, s.tokens)) return status;
+  if (entropy != nullptr) {
+    if (int status = check_vector(fn, "entropy", entropyv, s.tokens)) return status;
+  }
+  if (direction != nullptr) {
+    if (int status = check_matrix(fn, "direction", directionv, "hidden", in.hidden)) return status;
+    clear_rows(s, directionv.data, directionv.stride[0] * 4, s.width * 4);
+  }
+  clear_rows(s, logprobv.data, 4, 4);
+  clear_rows(s, in.lse.data, 4, 4);
+  if (entropy != nullptr) clear_rows(s, entropyv.data, 4, 4);
+  if (s.kept == 0) return EP_OK;
+  if (int status = check_workspace(fn, workspace)) return status;
+  LogprobForward a{};
+  a.shape = s;
+  a.logprob = floats(logprobv), a.lse = floats(in.lse), a.entropy = floats(entropyv), a.direction = floats(directionv);
+  a.direction_row = directionv.stride[0];
+  carve_forward(a, static_cast<char *>(workspace), s.kept, s.width);
+  list_rows(a.shape);
+  EP_RUN(linear_logprob_forward, a);
+  return EP_OK;
+}
+
+extern "C" int ep_linear_logprob_backward(const DLTensor *dlogprob, const DLTensor *dentropy, const DLTensor *hidden,
+                                          const DLTensor *weight, const DLTensor *targets, const DLTensor *lse,
+                                          const DLTensor *entropy, const DLTensor *dhidden, const DLTensor *dweight, double softcap,
+                                          void *workspace, void *) {
+  const char *fn = "linear_logprob_backward";
+  Inputs in;
+  if (int status = check_inputs(fn, in, hidden, weight, targets, lse, softcap)) return status;
+  EP_VIEW(dlogprobv, dlogprob, 1, F32);
+  EP_VIEW_OPTIONAL(dentropyv, dentropy, 1, F32);
+  EP_VIEW_OPTIONAL(entropyv, entropy, 1, F32);
+  EP_VIEW_OPTIONAL(dhiddenv, dhidden, 2, FLOATS);
+  EP_VIEW_OPTIONAL(dweightv, dweight, 2, FLOATS);
+  const LogprobShape &s = in.shape;
+  if (int status = check_vector(fn, "dlogprob", dlogprobv, s.tokens)) return status;
+  EP_REQUIRE((dentropy == nullptr) == (entropy == nullptr), "%s: dentropy and entropy come together", fn);
+  if (dentropy != nullptr) {
+    if (int status = check_vector(fn, "dentropy", dentropyv, s.tokens)) return status;
+    if (int status = check_vector(fn, "entropy", entropyv, s.tokens)) return status;
+  }
+  if (dhidden != nullptr) {
+    if (int status = check_matrix(fn, "dhidden", dhiddenv, "hidden", in.hidden)) return status;
+    EP_REQUIRE(dhiddenv.dtype == in.hidden.dtype, "%s: dhidden must have the dtype of hidden", fn);
+    const int64_t bytes = s.hidden_bf16 ? 2 : 4;
+    clear_rows(s, dhiddenv.data, dhiddenv.stride[0] * bytes, s.width * bytes);
+  }
+  if (dweight != nullptr) {
+    if (int status = check_matrix(fn, "dweight", dweightv, "weight", in.weight)) return status;
+    EP_REQUIRE(dweightv.dtype == in.weight.dtype, "%s: dweight must have the dtype of weight", fn);
+    const int64_t bytes = s.weight_bf16 ? 2 : 4;
+    for (int64_t v = 0; v < s.vocab && s.kept == 0; v++) {
+      std::memset(dweightv.data + v * dweightv.stride[0] * bytes, 0, size_t(s.width * bytes));
+    }
+  }
+  if (s.kept == 0 || (dhidden == nullptr && dweight == nullptr)) return EP_OK;
+  if (int status = check_workspace(fn, workspace)) return status;
+  LogprobBackward a{};
+  a.shape = s;
+  a.dlogprob = floats(dlogprobv), a.dentropy = floats(dentropyv), a.lse = floats(in.lse), a.entropy = floats(entropyv);
+  a.dhidden = dhiddenv.data, a.dweight = dweightv.data;
+  a.dhidden_row = dhiddenv.stride[0], a.dweight_row = dweightv.stride[0];
+  carve_backward(a, static_cast<char *>(workspace), s.kept, s.width);
+  list_rows(a.shape);
+  EP_RUN(linear_logprob_backward, a);
+  return EP_OK;
+}
+
+#endif

@@ -1,0 +1,40 @@
+/* Log-probability of one target per row straight from hidden states and the head's weight; the (T, V) logits are never held.
+ *
+ *   u = hidden weight^T        softcap c > 0: z = c * tanh(u / c), else z = u
+ *   lse_t = log sum_v exp(z_tv)        logprob_t = z_t,y(t) - lse_t        entropy_t = lse_t - sum_v p_tv z_tv
+ *
+ * hidden (T, K) and weight (V, K) are float32 or bfloat16 each, rows contiguous at any stride; targets (T) int64 in [0, V), or
+ * -100: such rows cost nothing and give zeros. Arithmetic is float32. The result of a row depends neither on the other rows nor on
+ * the thread count, to the last bit. */
+#ifndef ENGINEPOST_LINEAR_LOGPROB_H_
+#define ENGINEPOST_LINEAR_LOGPROB_H_
+
+#include "enginepost/core.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* -> logprob, lse (T) float32; entropy (T) float32 or NULL; direction (T, K) float32 or NULL:
+ *
+ *   direction_t = d logprob_t / d hidden_t = z'_t,y weight[y] - sum_v p_tv z'_tv weight[v],        z' = dz / du = 1 - (z / c)^2
+ *
+ * made in the same pass. With a frozen head it is all that the backward pass of any loss needs: dhidden_t = dlogprob_t *
+ * direction_t. */
+EP_EXPORT int ep_linear_logprob_forward(const DLTensor *hidden, const DLTensor *weight, const DLTensor *targets,
+                                        const DLTensor *logprob, const DLTensor *lse, const DLTensor *entropy,
+                                        const DLTensor *direction, double softcap, void *workspace, void *stream);
+EP_EXPORT int64_t ep_linear_logprob_forward_workspace_bytes(int64_t tokens, int64_t width);
+
+/* dlogprob (T), and dentropy with entropy (T) or both NULL -> dhidden (T, K) in hidden's dtype or NULL, dweight (V, K) in weight's
+ * dtype or NULL. Logits are made again from lse, block by block; both gradients are summed in float32 in a fixed order. */
+EP_EXPORT int ep_linear_logprob_backward(const DLTensor *dlogprob, const DLTensor *dentropy, const DLTensor *hidden,
+                                         const DLTensor *weight, const DLTensor *targets, const DLTensor *lse,
+                                         const DLTensor *entropy, const DLTensor *dhidden, const DLTensor *dweight, double softcap,
+                                         void *workspace, void *stream);
+EP_EXPORT int64_t ep_linear_logprob_backward_workspace_bytes(int64_t tokens, int64_t width);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
