@@ -123,8 +123,10 @@ class Recipe(_Strict):
         return self.learning_rate or (1e-5 if self.lora is None else 2e-4)
 
     def dump(self) -> str:
-        """The recipe with every key as YAML: what the run directory keeps."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        """The recipe with every key as YAML: what the run directory keeps. (With an adapter, that one says what lora would.)"""
+        return yaml.safe_dump(
+            self.model_dump(mode="json", exclude=None if self.adapter is None else {"lora"}), sort_keys=False
+        )
 
 
 # What a resumed run may change: none of these alters a weight.
@@ -163,10 +165,16 @@ def load_recipe(
     if checked.output is None:
         stem = "run" if isinstance(recipe, Mapping) else pathlib.Path(name).stem
         checked = checked.model_copy(update={"output": os.path.join("runs", stem)})
-    if checked.adapter is not None and checked.lora is None:
+    if checked.adapter is not None and "lora" in checked.model_fields_set:
+        place = places.get(("lora",), name)
+        if checked.lora is None:
+            raise RecipeError(
+                f"{place}: lora: the recipe continues the adapter {checked.adapter}, so it cannot train all weights; remove the key "
+                "lora, or fuse the adapter into the model first (`enginepost fuse`) and remove the key adapter"
+            )
         raise RecipeError(
-            f"{places.get(('adapter',), name)}: adapter: continues a LoRA adapter, but lora is null (full fine-tuning); "
-            "fuse the adapter into the model first (`enginepost fuse`), or remove `lora: null`"
+            f"{place}: lora: the recipe continues the adapter {checked.adapter}, so rank, scale and targets are the adapter's own; "
+            "remove the key lora"
         )
     return checked
 

@@ -82,7 +82,8 @@ def test_typo_names_file_line_and_nearest_key(tmp_path: pathlib.Path) -> None:
         ("betas: [0.9, 1.5]", "3: betas.1: expected a number below 1"),
         ("lora: {targets: 3}", '3: lora.targets: expected "all-linear" or a list of module names'),
         ("output: 3", "3: output: expected text, got 3"),
-        ("adapter: x\nlora: null", "3: adapter: continues a LoRA adapter, but lora is null"),
+        ("adapter: x\nlora: null", "4: lora: the recipe continues the adapter x, so it cannot train all weights"),
+        ("adapter: x\nlora: {r: 4}", "4: lora: the recipe continues the adapter x, so rank, scale and targets are"),
     ],
 )
 def test_wrong_values(tmp_path: pathlib.Path, line: str, expected: str) -> None:
@@ -120,6 +121,8 @@ def test_override_mistakes_name_the_override(tmp_path: pathlib.Path) -> None:
 
 def test_dump_reads_back(tmp_path: pathlib.Path) -> None:
     r = load_recipe(write(tmp_path, MINIMAL + "lora: {r: 4, alpha_pattern: {q_proj: 2.5}}\nvalidation: v.jsonl\n"))
+    assert load_recipe(write(tmp_path, r.dump())) == r
+    r = load_recipe(write(tmp_path, MINIMAL + "adapter: runs/x/adapter\n"))
     assert load_recipe(write(tmp_path, r.dump())) == r
 
 

@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
+from enginepost.checkpoint import CheckpointError
 from enginepost.errors import EnginepostError
 from enginepost.recipe import FREE_ON_RESUME, Recipe, changed_keys, load_recipe
 
@@ -180,7 +181,7 @@ def trainer_state(
 
 
 class writing:
-    """Context that turns an OSError (a full disk, no permission) into a RunError about `what`."""
+    """Context that turns a failure to write (a full disk, no permission) into a RunError about `what`."""
 
     def __init__(self, what: str, consequence: str = "") -> None:
         self.what, self.consequence = what, consequence
@@ -189,9 +190,10 @@ class writing:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, OSError):
-            after = f"; {self.consequence}" if self.consequence else ""
-            raise RunError(f"cannot write {self.what}: {error.strerror or error}{after}") from error
+        if isinstance(error, (OSError, CheckpointError)):
+            reason = error.strerror or error if isinstance(error, OSError) else error
+            after = f". {self.consequence}" if self.consequence else ""
+            raise RunError(f"cannot write {self.what}: {reason}{after}") from error
 
 
 def write_file(path: pathlib.Path, text: str) -> None:
