@@ -1,0 +1,209 @@
+"""Fuse an adapter into its base model, tensor by tensor: what comes out is an ordinary Hugging Face model directory.
+
+    W' = round(W + scaling B A)                                 for LoRA
+    W' = round(m / |W + scaling B A|_row (W + scaling B A))     for DoRA
+
+computed in float32 and rounded once, to the dtype of W. Rows are independent in both, so the work goes in blocks of rows, and peak
+memory is a few blocks whatever the size of the model: weights come from the memory map and leave for the new file.
+
+The result appears whole: it is written in a hidden directory beside it, and renamed at the end.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from enginepost.checkpoint.adapter import Adapter, read_adapter
+from enginepost.checkpoint.atomic import sync_directory, write_bytes
+from enginepost.checkpoint.format import CheckpointError, parse_json
+from enginepost.checkpoint.reader import Checkpoint, nearest
+from enginepost.checkpoint.side_files import copy_side_files
+from enginepost.checkpoint.writer import Writer
+
+BLOCK_BYTES = 8 << 20  # of float32; what is held at once
+_TARGETS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, tensor name
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """What `fuse` did."""
+
+    tensors: int  # in the model
+    fused: int  # that took a low-rank update
+    replaced: int  # that the adapter held whole
+    nbytes: int
+    files: tuple[str, ...]
+
+
+def fuse(
+    model_dir: str | os.PathLike[str],
+    adapter_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    shard_bytes: float | None = None,
+    progress: Progress | None = None,
+) -> FuseReport:
+    """Write base model + adapter as a model of its own.
+
+    Args:
+        model_dir: Hugging Face directory of the base model, not quantised.
+        adapter_dir: PEFT LoRA or DoRA adapter.
+        out_dir: new or empty directory.
+        shard_bytes: size of the shards; by default they are the base model's.
+        progress: called after every tensor.
+    Raises:
+        CheckpointError: before anything is written, if the two do not fit together, the base is quantised, or out_dir is in use;
+            also on a full disk, and then out_dir is not there.
+    """
+    model_dir, adapter_dir, out_dir = Path(model_dir), Path(adapter_dir), Path(out_dir).resolve()
+    _check_output(out_dir, model_dir, adapter_dir)
+    base = Checkpoint(model_dir)
+    config = _read_config(model_dir)
+    adapter = read_adapter(adapter_dir, full_tensors=True)
+    _check_fit(base, parse_json(config, model_dir / "config.json", "the model configuration"), adapter, adapter_dir)
+
+    partial = out_dir.with_name(f".{out_dir.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of an attempt that was killed
+        _write_weights(base, adapter, partial, shard_bytes, progress)
+        copy_side_files(model_dir, partial)
+        write_bytes(partial / "config.json", config)
+        files = tuple(sorted(path.name for path in partial.iterdir()))
+        try:
+            os.rename(partial, out_dir)  # onto nothing or an empty directory
+            sync_directory(out_dir.parent)
+        except OSError as error:
+            raise CheckpointError(f"{out_dir}: cannot be put in place: {error.strerror}.") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    nbytes = sum(base.nbytes(name) for name in base.names)
+    return FuseReport(len(base), len(adapter.parts), len(adapter.full), nbytes, files)
+
+
+def _write_weights(
+    base: Checkpoint, adapter: Adapter, directory: Path, shard_bytes: float | None, progress: Progress | None
+) -> None:
+    declared = {name: (base.dtype(name), base.shape(name)) for name in base.names}
+    layout: dict[str, list[str]] = {}
+    for name in base.names:
+        layout.setdefault(base.file(name).name, []).append(name)
+    writer = Writer(
+        directory,
+        declared,
+        metadata={"format": "pt", **base.metadata},
+        shard_bytes=shard_bytes or math.inf,
+        layout=layout if shard_bytes is None else None,
+    )
+    updates = {path + ".weight": path for path in adapter.parts}
+    with writer:
+        done = 0
+        for name in base.names:
+            source = adapter.full.get(name, base.tensor(name))
+            for start, block in _blocks(source):
+                if name in updates:
+                    block = _updated(block, adapter, updates[name], start // source.shape[1])
+                writer.write(name, block.to(base.dtype(name)), start)
+                base.drop(name)
+            done += base.nbytes(name)
+            if progress is not None:
+                progress(done, writer.total_size, name)
+
+
+def _blocks(tensor: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """(element offset, block): whole rows of a matrix, pieces of anything else."""
+    if tensor.ndim == 2 and tensor.numel():
+        rows = max(1, BLOCK_BYTES // (4 * tensor.shape[1]))
+        for first in range(0, tensor.shape[0], rows):
+            yield first * tensor.shape[1], tensor[first : first + rows]
+    else:
+        flat = tensor.reshape(-1)
+        for start in range(0, flat.numel(), BLOCK_BYTES // 4):
+            yield start, flat[start : start + BLOCK_BYTES // 4]
+
+
+def _updated(rows: torch.Tensor, adapter: Adapter, path: str, first: int) -> torch.Tensor:
+    """Rows of a weight, from row `first` on, with the update; float32 (float64 for a float64 weight)."""
+    part = adapter.parts[path]
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    B = part.B[first : first + rows.shape[0]].to(wide)
+    weight = rows.to(wide, copy=True)  # never in place: `rows` is the file
+    weight.addmm_(B, part.A.to(wide), alpha=adapter.scaling(path))
+    if part.magnitude is not None:
+        norm = torch.linalg.vector_norm(weight, dim=1)
+        weight *= (part.magnitude[first : first + rows.shape[0]].to(wide) / norm)[:, None]
+    return weight
+
+
+def _check_output(out_dir: Path, model_dir: Path, adapter_dir: Path) -> None:
+    for other in (model_dir, adapter_dir):
+        if out_dir == other.resolve():
+            raise CheckpointError(f"{out_dir}: is an input; name a new directory for the fused model.")
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise CheckpointError(f"{out_dir}: exists and is not an empty directory; remove it or name another.")
+    if not out_dir.parent.is_dir():
+        raise CheckpointError(f"{out_dir}: the directory {out_dir.parent} does not exist; create it first.")
+
+
+def _read_config(model_dir: Path) -> bytes:
+    try:
+        return (model_dir / "config.json").read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{model_dir / 'config.json'}: cannot be read: {error.strerror}; a model directory has one."
+        ) from None
+
+
+def _check_fit(base: Checkpoint, config: Any, adapter: Adapter, adapter_dir: Path) -> None:
+    """Refuse what would give a wrong model."""
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{base.path / 'config.json'}: expected a JSON object.")
+    quantised = config.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
+        raise CheckpointError(
+            f"{base.path}: is quantised ({method}); an update cannot be added to quantised weights without rounding it away. "
+            "Fuse into the original float16 or bfloat16 model."
+        )
+    changed = [(path + ".weight", [part.B.shape[0], part.A.shape[1]]) for path, part in adapter.parts.items()]
+    changed += [(name, list(tensor.shape)) for name, tensor in adapter.full.items()]
+    unknown = [name for name, _ in changed if name not in base]
+    if unknown:
+        some = "; ".join(f"{name} ({nearest(name, base.names)})" for name in unknown[:3])
+        tied = any(name.endswith("lm_head.weight") for name in unknown)
+        raise CheckpointError(
+            f"{adapter_dir}: {len(unknown)} of {len(changed)} adapted tensors are not in {base.path}: {some}. "
+            + ("The head of this model is its embedding (tied), so it has no lm_head of its own. " if tied else "")
+            + f"Is it the adapter's base model? It was trained on {adapter.config.get('base_model_name_or_path')!r}."
+        )
+    for name, shape in changed:
+        if base.dtype(name) not in _TARGETS:
+            raise CheckpointError(
+                f"{base.file(name)}: {name} is {base.dtype(name)}, a quantised weight (bitsandbytes 4-bit weights are uint8); "
+                "fuse into the original float16 or bfloat16 model."
+            )
+        if list(base.shape(name)) != shape:
+            raise CheckpointError(
+                f"{adapter_dir}: {name} is {shape} in the adapter and {list(base.shape(name))} in {base.path}; "
+                "it belongs to another base model, or the vocabulary was resized."
+            )
+    text_config = config.get("text_config")
+    tied = bool(
+        config.get("tie_word_embeddings") or (isinstance(text_config, dict) and text_config.get("tie_word_embeddings"))
+    )
+    tied = tied or not any(name.endswith("lm_head.weight") for name in base.names)
+    ends = [name for name, _ in changed if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
+    if tied and ends:
+        raise CheckpointError(
+            f"{adapter_dir}: changes {', '.join(ends)}, but {base.path} ties embedding and head (tie_word_embeddings), so "
+            "both would change. Untie the base model first, or merge with PEFT."
+        )
