@@ -1,6 +1,6 @@
 """Models: `config.json` -> ModelSpec, one decoder-only transformer for all families, its weights, LoRA."""
 
-from enginepost.model.lora import adapter_off, adapter_tensors, add_lora, load_adapter
+from enginepost.model.lora import adapter_off, adapter_tensors, add_lora, load_adapter, save_adapter
 from enginepost.model.spec import ConfigError, ModelSpec
 from enginepost.model.transformer import Transformer
 from enginepost.model.weights import create_model, load_model, save_model
@@ -15,5 +15,6 @@ __all__ = [
     "create_model",
     "load_adapter",
     "load_model",
+    "save_adapter",
     "save_model",
 ]

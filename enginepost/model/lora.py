@@ -12,11 +12,12 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from enginepost.checkpoint import Adapter, LoraWeights, read_adapter, write_adapter
+from enginepost.checkpoint.adapter import pattern_value
 from enginepost.errors import EnginepostError
 from enginepost.kernels.lora import LoraPart, row_norm
 from enginepost.model.spec import ModelSpec
@@ -97,8 +98,8 @@ def add_lora(
     )  # fmt: skip
     shapes = {}
     for target in targets:
-        rank = int(_pattern(settings.rank_pattern, target.path, r))
-        shapes[target.path] = (rank, float(_pattern(settings.alpha_pattern, target.path, alpha)))
+        rank = int(pattern_value(settings.rank_pattern, target.path, r))
+        shapes[target.path] = (rank, float(pattern_value(settings.alpha_pattern, target.path, alpha)))
     attach(model, targets, shapes, settings)
     generator = torch.Generator().manual_seed(seed)
     for target in targets:
@@ -162,11 +163,6 @@ def _ends(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
-def _pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value of the first pattern that ends a module path, after PEFT's `get_pattern_key`."""
-    return next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", path)), default)
-
-
 def _linear(model: Transformer, target: Target) -> Linear:
     linear = model.get_submodule(target.linear)
     assert isinstance(linear, Linear)
@@ -223,6 +219,64 @@ def load_adapter(model: Transformer, directory: str | Path) -> None:
 
     Raises: EnginepostError for a damaged adapter, or one whose modules or shapes are not those of the model.
     """
-    from enginepost.checkpoint import read_adapter
+    adapter = read_adapter(directory)
+    modules = {m.path: m for m in linear_modules(model.spec)}
+    for path, part in adapter.parts.items():
+        if path not in modules:
+            raise EnginepostError(
+                f"{directory}: adapts {path!r}, and the {model.spec.family} model with {len(model.spec.layers)} layers has no such "
+                "linear layer in its blocks; is it an adapter of another model?"
+            )
+        wanted = (modules[path].stop - modules[path].start, modules[path].inputs)
+        if (part.B.shape[0], part.A.shape[1]) != wanted:
+            raise EnginepostError(
+                f"{directory}: {path} has lora_B {list(part.B.shape)} and lora_A {list(part.A.shape)}, but the model's weight is "
+                f"{list(wanted)}; is it an adapter of another model?"
+            )
+    config = adapter.config
+    settings = LoraSettings(
+        int(config.get("r", 8)), float(config.get("lora_alpha", 8)), float(config.get("lora_dropout") or 0.0),
+        config.get("target_modules") or sorted({m.rpartition(".")[2] for m in adapter.parts}),
+        bool(config.get("use_rslora")), bool(config.get("use_dora")), dict(config.get("rank_pattern") or {}),
+        dict(config.get("alpha_pattern") or {}),
+    )  # fmt: skip
+    targets = [modules[path] for path in modules if path in adapter.parts]
+    attach(model, targets, {path: (part.r, float(part.alpha)) for path, part in adapter.parts.items()}, settings)
+    with torch.no_grad():
+        for target in targets:
+            update, part = _update(model, target), adapter.parts[target.path]
+            update.A.copy_(part.A)
+            update.B.copy_(part.B)
+            if update.magnitude is not None and part.magnitude is not None:
+                update.magnitude.copy_(part.magnitude)
 
-    raise NotImplementedError(read_adapter)
+
+def save_adapter(model: Transformer, directory: str | Path, base_model: str | Path | None = None) -> None:
+    """Write the adapter as PEFT does: adapter_config.json and adapter_model.safetensors.
+
+    base_model: what adapter_config.json names as its base. Raises EnginepostError when the model has no adapter.
+    """
+    settings = model.lora_settings
+    if settings is None:
+        raise EnginepostError("the model has no LoRA adapter to save")
+    found = updates(model)
+    targets = settings.target_modules
+    if targets == "all-linear":  # spelled out, as PEFT does
+        targets = sorted({path.rpartition(".")[2] for path in found})
+    config = {
+        "base_model_name_or_path": None if base_model is None else str(base_model), "r": settings.r,
+        "lora_alpha": _whole(settings.alpha), "lora_dropout": settings.dropout, "target_modules": targets,
+        "use_rslora": settings.use_rslora, "use_dora": settings.use_dora, "rank_pattern": settings.rank_pattern,
+        "alpha_pattern": {k: _whole(v) for k, v in settings.alpha_pattern.items()},
+    }  # fmt: skip
+    parts = {
+        path: LoraWeights(
+            u.A.detach(), u.B.detach(), None if u.magnitude is None else u.magnitude.detach(), u.r, _whole(u.alpha)
+        )
+        for path, u in found.items()
+    }  # fmt: skip
+    write_adapter(directory, Adapter(config, parts))
+
+
+def _whole(x: float) -> float:
+    return int(x) if x == int(x) else x

@@ -206,7 +206,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden `[T, H]` -> float32 `[T, V]`, the final softcap applied."""
-        z = F.linear(hidden, self.head_weight).float()
+        z = lora_linear(hidden, self.head_weight).float()
         cap = self.spec.final_softcap
         return z if cap == 0.0 else cap * torch.tanh(z / cap)
 
