@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from enginepost.checkpoint.atomic import write_json
+from enginepost.checkpoint.atomic import make_directory, write_json
 from enginepost.checkpoint.format import CheckpointError, parse_json
 from enginepost.checkpoint.reader import Checkpoint
 from enginepost.checkpoint.writer import save_tensors
@@ -258,7 +258,7 @@ def _check_config(config: dict[str, Any], where: object) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**53  # no nan, no inf
 
 
 def pattern_value(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
@@ -275,7 +275,9 @@ def _part(path: str, kinds: dict[str, torch.Tensor], config: dict[str, Any], whe
         if kind not in kinds:
             raise CheckpointError(f"{at}: lora_{kind} is missing.")
     A, B, magnitude = kinds["A"], kinds["B"], kinds.get("magnitude")
-    r = int(pattern_value(config.get("rank_pattern"), path, config.get("r", DEFAULTS["r"])))
+    r = pattern_value(config.get("rank_pattern"), path, config.get("r", DEFAULTS["r"]))
+    if int(r) != r or r < 1:
+        raise CheckpointError(f"{at}: rank_pattern gives it the rank {r}; expected a whole number above 0.")
     alpha = pattern_value(config.get("alpha_pattern"), path, config.get("lora_alpha", DEFAULTS["lora_alpha"]))
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != r or B.shape[1] != r:
         raise CheckpointError(
@@ -287,7 +289,7 @@ def _part(path: str, kinds: dict[str, torch.Tensor], config: dict[str, Any], whe
         raise CheckpointError(f"{at}: {state} and {CONFIG} says use_dora = {bool(config.get('use_dora'))}.")
     if magnitude is not None and tuple(magnitude.shape) != (B.shape[0],):
         raise CheckpointError(f"{at}: lora_magnitude_vector is {list(magnitude.shape)}; expected [{B.shape[0]}].")
-    return LoraWeights(A, B, magnitude, r, alpha)
+    return LoraWeights(A, B, magnitude, int(r), alpha)
 
 
 def write_adapter(directory: str | os.PathLike[str], adapter: Adapter) -> None:
@@ -305,6 +307,8 @@ def write_adapter(directory: str | os.PathLike[str], adapter: Adapter) -> None:
     config.pop("runtime_config", None)
     if config["target_modules"] is None:
         config["target_modules"] = sorted({path.rpartition(".")[2] for path in adapter.parts})
+    config["lora_alpha"] = _whole(config["lora_alpha"])
+    config["alpha_pattern"] = {pattern: _whole(alpha) for pattern, alpha in (config["alpha_pattern"] or {}).items()}
     tensors = adapter.tensors()
     checked = parse_adapter(config, tensors, directory)
     for path, part in adapter.parts.items():
@@ -314,9 +318,14 @@ def write_adapter(directory: str | os.PathLike[str], adapter: Adapter) -> None:
                 f"{directory}: {path} has r = {part.r}, alpha = {part.alpha}, and its configuration says r = {expected.r}, "
                 f"alpha = {expected.alpha}; put the difference in rank_pattern and alpha_pattern."
             )
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     save_tensors(directory / WEIGHTS, tensors)
     write_json(directory / CONFIG, config)
+
+
+def _whole(alpha: Any) -> Any:
+    """PEFT's alphas are integers, and some readers insist."""
+    return int(alpha) if isinstance(alpha, float) and alpha.is_integer() else alpha
 
 
 def _some(names: Mapping[str, object]) -> str:

@@ -24,9 +24,21 @@ def check_space(directory: Path, size: int, target: Path) -> None:
     free = shutil.disk_usage(directory).free
     if size > free:
         raise CheckpointError(
-            f"{target}: not enough disk space: {size} bytes are needed ({size / 1e9:.2f} GB) and {free} are free "
-            f"({free / 1e9:.2f} GB). Free some, or write to another disk; nothing was changed."
+            f"{target}: not enough disk space: {size} bytes are needed ({_readable(size)}) and {free} are free "
+            f"({_readable(free)}). Free some, or write to another disk; nothing was changed."
         )
+
+
+def _readable(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def make_directory(path: Path) -> None:
+    """Create a directory and its parents, unless it is there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be made a directory: {error.strerror}.") from None
 
 
 class AtomicFile:

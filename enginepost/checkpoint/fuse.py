@@ -76,7 +76,7 @@ def fuse(
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of an attempt that was killed
         _write_weights(base, adapter, partial, shard_bytes, progress)
-        copy_side_files(model_dir, partial)
+        _copy_side_files(model_dir, adapter_dir, partial)
         write_bytes(partial / "config.json", config)
         files = tuple(sorted(path.name for path in partial.iterdir()))
         try:
@@ -88,6 +88,21 @@ def fuse(
         shutil.rmtree(partial, ignore_errors=True)
     nbytes = sum(base.nbytes(name) for name in base.names)
     return FuseReport(len(base), len(adapter.parts), len(adapter.full), nbytes, files)
+
+
+def _copy_side_files(model_dir: Path, adapter_dir: Path, directory: Path) -> None:
+    """The tokenizer and template of the base, or those that were saved beside the adapter: it was trained with them.
+
+    A whole tokenizer replaces the base's as a whole: files of two tokenizers would contradict each other.
+    """
+    files = [(adapter_dir / name).exists() for name in ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")]
+    if files[0] and any(files[1:]):
+        generation = model_dir / "generation_config.json"
+        if generation.exists():
+            write_bytes(directory / generation.name, generation.read_bytes())
+    else:
+        copy_side_files(model_dir, directory)
+    copy_side_files(adapter_dir, directory)
 
 
 def _write_weights(

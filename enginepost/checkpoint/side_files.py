@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from enginepost.checkpoint.atomic import write_bytes
+from enginepost.checkpoint.atomic import make_directory, write_bytes
 from enginepost.checkpoint.format import CheckpointError
 
 SIDE_FILES = (
@@ -37,9 +37,11 @@ def copy_side_files(source: str | os.PathLike[str], destination: str | os.PathLi
     Returns:
         The relative names copied.
     Raises:
-        CheckpointError: a file cannot be read or written.
+        CheckpointError: the source does not exist; a file cannot be read or written.
     """
     source, destination = Path(source), Path(destination)
+    if not source.exists():
+        raise CheckpointError(f"{source}: no such model directory, so there is no tokenizer to copy.")
     if not source.is_dir():
         source = source.parent
     names = [name for name in SIDE_FILES if (source / name).is_file()]
@@ -47,7 +49,7 @@ def copy_side_files(source: str | os.PathLike[str], destination: str | os.PathLi
         names += sorted(
             f"{directory}/{path.name}" for path in (source / directory).glob(f"*{ending}") if path.is_file()
         )
-    destination.mkdir(parents=True, exist_ok=True)
+    make_directory(destination)
     if destination.samefile(source):
         return names
     for name in names:
@@ -55,6 +57,6 @@ def copy_side_files(source: str | os.PathLike[str], destination: str | os.PathLi
             content = (source / name).read_bytes()
         except OSError as error:
             raise CheckpointError(f"{source / name}: cannot be read: {error.strerror}.") from None
-        (destination / name).parent.mkdir(exist_ok=True)
+        make_directory((destination / name).parent)
         write_bytes(destination / name, content)
     return names

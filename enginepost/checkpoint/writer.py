@@ -18,7 +18,14 @@ from types import TracebackType
 
 import torch
 
-from enginepost.checkpoint.atomic import AtomicFile, atomic_file, check_space, sync_directory, write_json
+from enginepost.checkpoint.atomic import (
+    AtomicFile,
+    atomic_file,
+    check_space,
+    make_directory,
+    sync_directory,
+    write_json,
+)
 from enginepost.checkpoint.format import NAME_OF_DTYPE, CheckpointError, TensorInfo, make_header, tensor_bytes
 from enginepost.checkpoint.reader import INDEX, SINGLE, is_plain_name, nearest
 
@@ -69,7 +76,7 @@ class Writer:
         layout: Mapping[str, list[str]] | None = None,
     ) -> None:
         self.directory = Path(directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_directory(self.directory)
         tensors = {name: (dtype, tuple(shape)) for name, (dtype, shape) in tensors.items()}
         _check_declared(tensors, self.directory)
         self._layout = dict(layout) if layout is not None else plan_shards(tensors, shard_bytes)

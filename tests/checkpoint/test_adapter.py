@@ -1,6 +1,7 @@
 """PEFT adapters: read what PEFT wrote (tests/golden/make_adapters.py), write what PEFT reads, refuse what we would get wrong."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -8,17 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from enginepost.checkpoint import (
     Adapter,
     Checkpoint,
     CheckpointError,
     LoraWeights,
+    parse_adapter,
     read_adapter,
     save_tensors,
     write_adapter,
 )
-from enginepost.checkpoint.adapter import pattern_value
+from enginepost.checkpoint.adapter import DEFAULTS, pattern_value
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "adapters"
@@ -111,6 +115,13 @@ def test_written_configuration_is_complete(tmp_path):
     assert again.parts["model.layers.1.mlp.down_proj"].r == 3
 
 
+def test_alphas_are_written_as_integers(tmp_path):
+    adapter = small_adapter(lora_alpha=4.0, alpha_pattern={"down_proj": 5.0})
+    write_adapter(tmp_path, adapter)
+    text = (tmp_path / "adapter_config.json").read_text()
+    assert '"lora_alpha": 4,' in text and '"down_proj": 5\n' in text
+
+
 def test_written_rank_must_be_the_configured_one(tmp_path):
     adapter = small_adapter()
     adapter.config["alpha_pattern"] = {}
@@ -194,6 +205,9 @@ def damaged(tmp_path: Path, config: dict | None = None, tensors: dict | None = N
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
         ({"rank_pattern": [1]}, "rank_pattern is"),
         ({"rank_pattern": {"q": "x"}}, "rank_pattern is"),
+        ({"rank_pattern": {"q_proj": 0}}, "q_proj: rank_pattern gives it the rank 0"),
+        ({"rank_pattern": {"q_proj": 2.5}}, "q_proj: rank_pattern gives it the rank 2.5"),
+        ({"r": 10**400}, "r is 1000"),
         ({"alpha_pattern": {"(": 1}}, "is not a regular expression"),
         ({"r": 4}, r"lora_A is \[3, 20\] and lora_B is \[16, 3\]; with the r = 4"),
         ({"rank_pattern": {"q_proj": 2}}, r"q_proj: lora_A is \[3, 16\] .* with the r = 2"),
@@ -237,6 +251,28 @@ def test_initialisations_that_leave_the_base_alone(tmp_path):
 def test_tensors_that_are_refused(tmp_path, tensors, message):
     with pytest.raises(CheckpointError, match=message):
         read_adapter(damaged(tmp_path, tensors=tensors))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just(10**400),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["q_proj", "(", "x"]) | st.text(max_size=4), inner)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None, database=None, derandomize=True)
+@given(changes=st.dictionaries(st.sampled_from([*DEFAULTS, "new_option"]), JSON, min_size=1, max_size=3))
+def test_any_configuration_is_read_or_refused(changes):
+    config = json.loads((GOLDEN / "lora" / "adapter_config.json").read_text()) | changes
+    checkpoint = Checkpoint(GOLDEN / "lora" / "adapter_model.safetensors")
+    try:
+        adapter = parse_adapter(config, {name: checkpoint.tensor(name) for name in checkpoint.names}, "here")
+    except CheckpointError:
+        return
+    assert all(math.isfinite(adapter.scaling(path)) and part.r == 3 for path, part in adapter.parts.items())
 
 
 @pytest.mark.parametrize("kind", ["A", "B"])

@@ -122,6 +122,25 @@ def test_directory_is_complete_and_sharded_like_the_base(tmp_path):
     )
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_tokenizer_saved_with_the_adapter_wins(tmp_path, whole):
+    make_base(tmp_path / "base", torch.float32)
+    make_adapter(tmp_path / "adapter", BOTH)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        (tmp_path / "base" / name).write_text("base")
+    for name in ("tokenizer.json", "tokenizer_config.json") if whole else ("chat_template.jinja",):
+        (tmp_path / "adapter" / name).write_text("adapter")
+    fuse(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    found = {path.name: path.read_text() for path in (tmp_path / "out").iterdir() if path.suffix != ".safetensors"}
+    del found["config.json"]
+    if whole:  # the base's template does not belong to it
+        expected = {"tokenizer.json": "adapter", "tokenizer_config.json": "adapter", "generation_config.json": "base"}
+    else:
+        expected = {"tokenizer.json": "base", "tokenizer_config.json": "base", "generation_config.json": "base"}
+        expected["chat_template.jinja"] = "adapter"
+    assert found == expected
+
+
 def refused(tmp_path: Path, message: str, out: Path | None = None) -> None:
     before = sorted(str(path) for path in tmp_path.rglob("*"))
     with pytest.raises(CheckpointError, match=message):

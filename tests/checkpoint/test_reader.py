@@ -105,6 +105,20 @@ def test_drop_gives_pages_back_and_the_view_stays_good(tmp_path):
     assert view.sum() == total and checkpoint.tensor("b").sum() == 3
 
 
+def test_file_larger_than_memory(tmp_path):
+    """A sparse file of 64 GB opens and reads at both ends; mapped the usual way it would be refused (ENOMEM)."""
+    size = 1 << 36
+    text = json.dumps({"a": entry("F32", (size // 4,), (0, size))}).encode()
+    header = raw(text + b" " * (-len(text) % 8))
+    path = file_with(tmp_path, header)
+    with open(path, "r+b") as file:
+        file.truncate(len(header) + size)
+        file.seek(-4, os.SEEK_END)
+        file.write(struct.pack("<f", 3.0))
+    tensor = Checkpoint(path).tensor("a")
+    assert (tensor[0], tensor[-1]) == (0, 3)
+
+
 @pytest.mark.parametrize("shift", [1, 2, 3])
 def test_misaligned_data_is_copied(tmp_path, shift):
     values = torch.arange(5, dtype=torch.float32)

@@ -240,6 +240,12 @@ def test_short_writes_are_continued(tmp_path, monkeypatch):
     assert all(same(load_file(tmp_path / "model.safetensors")[name], SAMPLE[name]) for name in SAMPLE)
 
 
+def test_directory_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CheckpointError, match="cannot be made a directory"):
+        Writer(tmp_path / "file", {"a": (torch.float32, (1,))})
+
+
 def test_dtype_without_a_name(tmp_path):
     with pytest.raises(CheckpointError, match=r"'q'.*complex128"):
         save_tensors(tmp_path / "x.safetensors", {"q": torch.zeros(2, dtype=torch.complex128)})
