@@ -15,6 +15,7 @@ Memory: 4 bytes of ids and 1 of label for each token, whatever the length of the
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from typing import Literal
 
@@ -42,6 +43,7 @@ class Report:
     truncated: int = 0  # rows cut to max_length and kept
     dropped: int = 0  # overlong rows left out: overlong "drop", or nothing trained was left after truncation
     skipped: int = 0  # empty documents
+    untemplated: int = 0  # prompt/completion texts used as they are, though the model has a chat template
     straddling: int = 0  # rows with a token that begins in a prompt and ends in the answer
     no_stop: int = 0  # rows whose last trained token does not end a generation
     lengths: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -61,6 +63,10 @@ class Report:
             (self.truncated, "rows truncated to max_length"),
             (self.dropped, "overlong rows dropped"),
             (self.skipped, "empty documents skipped"),
+            (
+                self.untemplated,
+                "prompt/completion texts used without the model's chat template (`template: default` would apply it)",
+            ),
             (self.straddling, "rows have a token that spans the end of a prompt and the start of its answer"),
             (self.no_stop, "rows do not end on a stop token, so the model will not learn to stop there"),
         ]
@@ -127,12 +133,10 @@ def prepare(
         raise DataError(f"max_length must be at least 2 (a token and the one it predicts), got {max_length}")
     files = find(paths)
     names = [str(path) for path in files]
+    reader = _Reader(tokenizer, method, format, template, train_on)
     build = _Builder(tokenizer, max_length, overlong, method, vocab_size, names)
     for number, path in enumerate(files):
-        rows = (
-            _row(number, row, f"{path}:{row}", value, tokenizer, method, format, template, train_on)
-            for row, value in read(path)
-        )
+        rows = (reader.row(number, row, f"{path}:{row}", value) for row, value in read(path))
         for batch in _batches(rows):
             build.add(batch)
     return build.finish()
@@ -148,36 +152,46 @@ class _Row:
     raw: bool  # no template wrote bos and eos
 
 
-def _row(
-    file: int, number: int, place: str, value: object, tokenizer: Tokenizer, method: str, format: str, template: str | None,
-    train_on: str,
-) -> _Row:  # fmt: skip
-    """One record as text and trained spans; any error names its place."""
-    if method == "pretrain" and format == "auto":
-        format = "text"
-    record = records.parse(value, place, format)
-    if method == "pretrain" and record.format != "text":
-        raise DataError(f"{place}: method pretrain reads documents (the key text), not {record.format} records")
-    if record.format == "prompt_completion" and record.messages is None and template is not None:
-        turns = record.text[: record.prompt_length], record.text[record.prompt_length :]
-        messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turns, strict=True)]
-        record = records.Record(record.format, messages=messages, train=[None, None])
-    if record.messages is None:
-        whole = record.prompt_length == 0 or train_on == "all"
-        text, found = record.text, None if whole else [(record.prompt_length, len(record.text))]
-    else:
+class _Reader:
+    """Records as text and trained spans; any error names the record's place."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, method: str, format: str, template: str | None, train_on: str
+    ) -> None:  # fmt: skip
+        self.tokenizer, self.method, self.template, self.train_on = tokenizer, method, template, train_on
+        self.format = "text" if method == "pretrain" and format == "auto" else format
+        self.source = cache(lambda tools: resolve(template, tokenizer, tools))
+
+    def row(self, file: int, number: int, place: str, value: object) -> _Row:
+        record = records.parse(value, place, self.format)
+        if self.method == "pretrain" and record.format != "text":
+            raise DataError(f"{place}: method pretrain reads documents (the key text), not {record.format} records")
+        if record.format == "prompt_completion" and record.messages is None and self.template is not None:
+            turns = record.text[: record.prompt_length], record.text[record.prompt_length :]
+            messages = [
+                {"role": role, "content": text} for role, text in zip(("user", "assistant"), turns, strict=True)
+            ]
+            record = records.Record(record.format, messages=messages, train=[None, None])
+        found: list[spans.Span] | None
+        if record.messages is None:
+            whole = record.prompt_length == 0 or self.train_on == "all"
+            text, found = record.text, None if whole else [(record.prompt_length, len(record.text))]
+        else:
+            tokenizer = self.tokenizer
+            try:
+                source = self.source(record.tools is not None)
+                text, found = spans.conversation(
+                    record, source, self.train_on, tokenizer.special_tokens, tokenizer.specials
+                )
+            except DataError as error:
+                raise DataError(f"{place}: {error}") from error
         try:
-            source = resolve(template, tokenizer, tools=record.tools is not None)
-            text, found = spans.conversation(record, source, train_on, tokenizer.special_tokens, tokenizer.specials)
-        except DataError as error:
-            raise DataError(f"{place}: {error}") from error
-    try:
-        text.isascii() or text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{place}: the text has half a surrogate pair ({text[error.start]!r}), which is no character"
-        ) from error
-    return _Row(file, number, record.format, text, found, record.messages is None)
+            text.isascii() or text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{place}: the text has half a surrogate pair ({text[error.start]!r}), which is no character"
+            ) from error
+        return _Row(file, number, record.format, text, found, record.messages is None)
 
 
 def _batches(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
@@ -239,6 +253,7 @@ class _Builder:
                     self.report.skipped += 1
                     continue
                 ids, labels = self._enclose(ids, labels, row.spans is None)
+                self.report.untemplated += row.format == "prompt_completion" and bool(self.tokenizer.chat_templates)
             self._check_ids(ids, row)
             pending += self._place(row, ids, labels)
         if pending:

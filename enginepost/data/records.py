@@ -157,6 +157,9 @@ def _conversation(format: str, turns: list[Any], record: dict[str, Any], place: 
     context = _maybe_json(record.get("chat_template_kwargs") or {})
     if not isinstance(context, dict):
         raise DataError(f"{place}: chat_template_kwargs should be an object, found {_kind(context)}")
+    taken = {"messages", "tools", "template", "add_generation_prompt"} & set(context)
+    if taken:
+        raise DataError(f"{place}: chat_template_kwargs cannot set {', '.join(sorted(taken))}")
     return Record(format, messages=messages, train=train, tools=tools or None, context=context)
 
 

@@ -50,11 +50,10 @@ class _Turns:
     def __init__(self, record: Record, template: str, context: dict[str, Any], end_tokens: tuple[str, ...]) -> None:
         self.messages = record.messages or []
         self.tools, self.template, self.context, self.end_tokens = record.tools, template, context, end_tokens
-        self.text = self._render(len(self.messages), False)
+        self.text = render(self.messages, template, self.tools, **context)
 
     def span(self, i: int) -> Span:
-        answering = self.messages[i]["role"] == "assistant"
-        before = self._render(i, answering) if i or answering else ""
+        before = self._before(i)
         after = self._render(i + 1, False)
         if not after.startswith(before):
             what = "the prompt of message {n} is not how the text with message {n} begins"
@@ -77,8 +76,19 @@ class _Turns:
             )
         return [spans[turns.index(i)] for i in chosen]
 
+    def _before(self, i: int) -> str:
+        answering = self.messages[i]["role"] == "assistant"
+        if i:
+            return self._render(i, answering)
+        try:
+            return self._render(0, True) if answering else ""
+        except DataError as error:
+            raise DataError(
+                f"the conversation begins with an assistant turn, where the template cannot: {error}"
+            ) from error
+
     def _render(self, count: int, add_generation_prompt: bool) -> str:
-        if count == len(self.messages) and not add_generation_prompt and hasattr(self, "text"):
+        if count == len(self.messages) and not add_generation_prompt:
             return self.text
         return render(self.messages[:count], self.template, self.tools, add_generation_prompt, **self.context)
 

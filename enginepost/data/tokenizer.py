@@ -11,6 +11,7 @@ No special token is ever added by `encode`: chat templates write their own. Spec
 """
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -152,7 +153,7 @@ class FastEngine:
 
     def encode_with_offsets(self, texts: list[str]) -> list[tuple[Ids, Offsets]]:
         found = self._fast.encode_batch(texts, add_special_tokens=False)
-        return [(np.array(e.ids, dtype=np.int32), np.array(e.offsets, dtype=np.int64).reshape(-1, 2)) for e in found]
+        return [(np.array(e.ids, dtype=np.int32), _table(e.offsets)) for e in found]
 
     def decode(self, ids: list[int], skip_special: bool) -> str:
         return self._fast.decode(ids, skip_special_tokens=skip_special)
@@ -162,6 +163,11 @@ class FastEngine:
 
     def id(self, token: str) -> int | None:
         return self._fast.token_to_id(token)
+
+
+def _table(offsets: list[tuple[int, int]]) -> Offsets:
+    flat = np.fromiter(chain.from_iterable(offsets), dtype=np.int64, count=2 * len(offsets))
+    return flat.reshape(-1, 2)
 
 
 def _keep_offsets(spec: Any) -> Any:

@@ -1,6 +1,7 @@
 """`prepare`: what is trained on, what is refused, and the counts."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from enginepost.data import DataError, Dataset, Tokenizer, collate, prepare
+from enginepost.data.chat import resolve
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -114,6 +116,17 @@ def test_prompt_completion(jsonl: Write, tokenizer: Tokenizer) -> None:
     assert trained(chat, tokenizer) == [" It is 6.<|im_end|>"]
     everything = prepare(path, tokenizer, train_on="all", max_length=64)
     assert everything[0].labels.sum() == len(everything[0].ids) - 1
+
+
+def test_texts_beside_a_chat_template(jsonl: Write, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(GOLDEN / "templates" / "tokenizer", tmp_path / "model"))
+    (model / "chat_template.jinja").write_text(resolve("chatml", tokenizer))
+    chat_model, path = Tokenizer.load(model), jsonl({"prompt": "six?", "completion": "6"}, {"messages": CHAT})
+    plain = prepare(path, chat_model, max_length=512)
+    assert text(plain, tokenizer) == "<s>six?6</s>" and "1 prompt/completion texts used without" in str(plain.report)
+    rendered = prepare(path, chat_model, template="default", max_length=512)
+    assert text(rendered, tokenizer).startswith("<|im_start|>user\nsix?<|im_end|>") and rendered.report.untemplated == 0
+    assert text(plain, tokenizer, 1) == text(rendered, tokenizer, 1)
 
 
 def test_a_token_across_the_boundary_is_trained_and_counted(jsonl: Write, tokenizer: Tokenizer) -> None:
@@ -226,6 +239,7 @@ def test_rows_that_do_not_end_on_a_stop_token(jsonl: Write, tokenizer: Tokenizer
             {"template": "{{ messages[0].content.nope.x }}"},
             r"rows\.jsonl:1: the chat template",
         ),
+        ([{"messages": [CHAT[2], CHAT[1]]}], {"template": "alpaca"}, r"rows\.jsonl:1: .*begins with an assistant turn"),
         ([{"text": "a\ud800"}], {}, r"rows\.jsonl:1: .*surrogate"),
         ([{"text": "a"}], {"train_on": "some"}, "train_on must be one of assistant, all, last, got 'some'"),
         ([{"text": "a"}], {"method": "dpo"}, "method must be one of sft, pretrain"),

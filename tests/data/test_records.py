@@ -120,6 +120,7 @@ def test_forced_format() -> None:
          "arguments of f in message 1 is not valid JSON"),
         ({"messages": [USER], "tools": {"a": 1}}, "tools should be a list"),
         ({"messages": [USER], "chat_template_kwargs": [1]}, "chat_template_kwargs should be an object"),
+        ({"messages": [USER], "chat_template_kwargs": {"template": "x"}}, "cannot set template"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "turn 1 is from 'alien'; known: human"),
         ({"conversations": [{"from": "human", "text": "x"}]}, r"turn 1 .*found \['from', 'text'\]"),
         ({"conversations": [{"from": "function_call", "value": "f(x)"}]}, "function_call of turn 1 is not valid JSON"),
