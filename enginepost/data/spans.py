@@ -56,13 +56,15 @@ class _Turns:
         before = self._before(i)
         after = self._render(i + 1, False)
         if not after.startswith(before):
-            what = "the prompt of message {n} is not how the text with message {n} begins"
-            raise _parted(what.format(n=i + 1), before, after)
+            what = f"message {i + 1} does not continue the prompt that generation would start from"
+            cure = "Give the answer what the prompt opens (thinking, say), set chat_template_kwargs (enable_thinking: false, say)"
+            raise _parted(what, before, after, cure)
         eos = self.context.get("eos_token") or ""
         if not self.text.startswith(after) and eos and self.text.startswith(after.removesuffix(eos)):
             after = after.removesuffix(eos)  # a template that closes the whole conversation with eos (phi3)
         if not self.text.startswith(after):
-            raise _parted(f"message {i + 1} is written differently once later messages follow", after, self.text)
+            what = f"message {i + 1} is written differently once later messages follow"
+            raise _parted(what, after, self.text, "Use train_on: last")
         return self._without_tail(len(before), len(after))
 
     def tagged(self, chosen: list[int], turns: list[int]) -> list[Span]:
@@ -102,10 +104,10 @@ def _complement(unwanted: list[Span], length: int) -> list[Span]:
     return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
 
 
-def _parted(what: str, one: str, other: str) -> DataError:
+def _parted(what: str, one: str, other: str, cure: str) -> DataError:
     at = next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     return DataError(
         f"the chat template has no clear place for an answer: {what}. At character {at}, after"
         f" {one[max(0, at - 40) : at]!r}, one has {one[at : at + 60]!r} and the other {other[at : at + 60]!r}."
-        " Use train_on: last, a template with {% generation %} tags, or another `template`"
+        f" {cure}, a template with {{% generation %}} tags, or another `template`"
     )

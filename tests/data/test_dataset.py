@@ -101,6 +101,19 @@ def test_prefix_property(jsonl: Write, tokenizer: Tokenizer) -> None:
     assert trained(dataset, tokenizer, 1) == ["<think>\n\n</think>\n\n7\n\n<|im_end|>"]
 
 
+def test_an_answer_that_does_not_continue_the_prompt(jsonl: Write, tokenizer: Tokenizer) -> None:
+    opens = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]<think>{% endif %}"
+    )
+    turns = [CHAT[1], {"role": "assistant", "content": "6"}]
+    with pytest.raises(DataError, match=r"message 2 does not continue the prompt.*one has '<think>' and the other '6'"):
+        prepare(jsonl({"messages": turns}), tokenizer, template=opens, max_length=512)
+    turns[1] = {"role": "assistant", "content": "<think>2*3</think>6"}
+    dataset = prepare(jsonl({"messages": turns}), tokenizer, template=opens, max_length=512)
+    assert trained(dataset, tokenizer) == ["2*3</think>6"]
+
+
 def test_raw_text(jsonl: Write, tokenizer: Tokenizer) -> None:
     dataset = prepare(jsonl({"text": "six"}, {"text": "<s>six</s>"}), tokenizer, max_length=64)
     assert [text(dataset, tokenizer, i) for i in (0, 1)] == ["<s>six</s>"] * 2

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import sentencepiece
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -88,6 +90,38 @@ def test_truncation_and_padding_of_the_file_are_ignored(folder: Path) -> None:
     tokenizer = Tokenizer.load(folder)
     assert tokenizer.decode(tokenizer.encode("What is six times seven?")) == "What is six times seven?"
     assert len(tokenizer.encode_batch(["a"])[0]) == 1
+
+
+@pytest.mark.parametrize("style", ["prepend", "metaspace"])
+def test_offsets_of_sentencepiece_like_files(tmp_path: Path, style: str) -> None:
+    """Llama 2 and Mistral files: "▁" for spaces, bytes for what is unknown, some tokens without characters of their own."""
+    core = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    space = {"prepend_scheme": "first", "split": False}
+    if style == "prepend":
+        replace = tokenizers.normalizers.Replace(" ", "▁")
+        core.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Prepend("▁"), replace])
+    else:
+        core.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(**space)
+    strip = tokenizers.decoders.Strip(" ", 1, 0)
+    back = tokenizers.decoders.Replace("▁", " ")
+    core.decoder = tokenizers.decoders.Sequence(
+        [back, tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse(), strip]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=330, special_tokens=special, show_progress=False)
+    core.train_from_iterator(["what is six times seven in base eight"] * 5, trainer)
+    spec = json.loads(core.to_str())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if not token["content"].startswith("<0x")]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    tokenizer = Tokenizer.load(tmp_path)
+    text = "<s>what is  日six?\n😀</s> seven"
+    ids, offsets = tokenizer.encode_with_offsets(text)
+    assert ids[0] == 1 and 2 in ids and 0 not in ids
+    covered = sorted({i for start, end in offsets for i in range(start, end)})
+    assert covered == list(range(len(text)))
+    assert all(b[0] >= a[0] and b[1] >= a[1] for a, b in pairwise(offsets))
+    assert offsets[ids.index(2)] == (text.index("</s>"), text.index("</s>") + 4)
 
 
 def test_side_files(folder: Path) -> None:
