@@ -1,7 +1,7 @@
 """`enginepost <verb>`: each verb is one call of the library. Imports wait until a verb runs, so that --help is instant."""
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -79,14 +79,20 @@ def generate(
     import enginepost
 
     texts = [sys.stdin.read() if p == "-" else p for p in prompt]
-    language_model: Any = enginepost.load(model, adapter=adapter, dtype=dtype)
-    if language_model.tokenizer.chat_template is not None and not raw:
-        opening = [] if system is None else [{"role": "system", "content": system}]
-        texts = [language_model.chat_prompt([*opening, {"role": "user", "content": text}]) for text in texts]
-    elif system is not None:
+    language_model = enginepost.load(model, adapter=adapter, dtype=dtype)
+    chat = language_model.tokenizer.chat_template is not None and not raw
+    if system is not None and not chat:
         raise EnginepostError("--system needs a chat template: this model has none, or --raw was given")
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    conversations = [[*opening, {"role": "user", "content": text}] for text in texts]
     answers = language_model.generate(
-        texts, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+        None if chat else texts,
+        messages=conversations if chat else None,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
     )
     for answer in answers:
         typer.echo(answer)

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from enginepost.checkpoint import Adapter, Checkpoint, LoraWeights, save_tensors, write_adapter
+from enginepost.checkpoint import Checkpoint, copy_side_files, save_tensors
+from enginepost.data import Tokenizer
+from enginepost.data.chat import resolve
 from enginepost.errors import EnginepostError
-from enginepost.model import adapter_tensors, add_lora, load_adapter, load_model, save_model
-from enginepost.model.lora import updates
+from enginepost.model import adapter_tensors, add_lora, load_adapter, load_model, save_adapter, save_model
 from enginepost.recipe import Recipe
 from enginepost.train.optimizer import AdamW
 
@@ -67,36 +68,22 @@ def load_optimizer(optimizer: AdamW, checkpoint: pathlib.Path, steps: int) -> No
 
 def save(recipe: Recipe, model: Any, optimizer: AdamW, directory: pathlib.Path) -> None:
     """All tensors of a checkpoint into an existing directory."""
-    save_result(recipe, model, directory)
+    _save_weights(recipe, model, directory)
     save_tensors(directory / "optimizer.safetensors", optimizer.tensors())
 
 
 def save_result(recipe: Recipe, model: Any, directory: pathlib.Path) -> None:
-    """What the run is for: a Hugging Face model directory, or a PEFT adapter directory."""
+    """What the run is for: a Hugging Face model directory, or a PEFT adapter directory. Either has the tokenizer beside it, and the
+    chat template that the rows were rendered with, so that whoever uses it writes the prompts that it was trained on."""
+    _save_weights(recipe, model, directory)
+    copy_side_files(recipe.model, directory)
+    if recipe.template is not None:
+        source = resolve(recipe.template, Tokenizer.load(recipe.model))
+        (directory / "chat_template.jinja").write_text(source, encoding="utf-8")
+
+
+def _save_weights(recipe: Recipe, model: Any, directory: pathlib.Path) -> None:
     if recipe.lora is None:
         save_model(model, directory, source=recipe.model)
     else:
-        write_adapter(directory, adapter_of(model, recipe.model))
-
-
-def adapter_of(model: Any, base_model: str) -> Adapter:
-    """The model's adapter as PEFT describes it."""
-    settings = model.lora_settings
-    config = {
-        "base_model_name_or_path": base_model,
-        "r": settings.r,
-        "lora_alpha": settings.alpha,
-        "lora_dropout": settings.dropout,
-        "target_modules": None if settings.target_modules == "all-linear" else settings.target_modules,
-        "use_rslora": settings.use_rslora,
-        "use_dora": settings.use_dora,
-        "rank_pattern": settings.rank_pattern,
-        "alpha_pattern": settings.alpha_pattern,
-    }
-    parts = {
-        path: LoraWeights(
-            u.A.detach(), u.B.detach(), None if u.magnitude is None else u.magnitude.detach(), u.r, u.alpha
-        )
-        for path, u in updates(model).items()
-    }
-    return Adapter(config, parts)
+        save_adapter(model, directory, base_model=recipe.model)

@@ -19,7 +19,7 @@ def kill_often(recipe: dict[str, Any], directory: pathlib.Path, kills: int, seed
     file.write_text(json.dumps(recipe))
     done = subprocess.run(
         [sys.executable, str(DRIVER), str(file), str(kills), str(seed)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         capture_output=True,
         text=True,
         timeout=500,

@@ -15,6 +15,7 @@ import torch
 
 import enginepost.train.loop as loop
 from enginepost.checkpoint import Checkpoint
+from enginepost.data import Tokenizer
 from enginepost.errors import EnginepostError
 from enginepost.recipe import load_recipe
 from enginepost.train.loop import Interrupted, train
@@ -139,6 +140,9 @@ def test_checkpoints_and_their_state(recipe: MakeRecipe, tmp_path: pathlib.Path)
     assert sorted(p.name for p in (run / "checkpoint-8").iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "recipe.yaml", "trainer_state.json",
     ]  # fmt: skip
+    assert sorted(p.name for p in (run / "adapter").iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
     state = json.loads((run / "checkpoint-8" / "trainer_state.json").read_text())
     assert (state["global_step"], state["max_steps"], state["save_steps"]) == (8, 9, 2)
     logged = [m for m in lines(str(run)) if m["step"] <= 8]
@@ -157,6 +161,14 @@ def test_full_checkpoint_is_a_model_directory(recipe: MakeRecipe) -> None:
     for directory in (run / "checkpoint-3", run / "model"):
         assert load_model(directory, dtype=torch.float32).spec.hidden_size == 32
         assert (directory / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4, "alpha": 8}], ids=["full", "lora"])
+def test_the_result_keeps_the_template_it_was_trained_with(recipe: MakeRecipe, lora: Any) -> None:
+    run = pathlib.Path(train(recipe(lora=lora, template="zephyr", max_steps=1)))
+    result = run / ("adapter" if lora else "model")
+    assert "<|user|>" in Tokenizer.load(result).chat_template
+    assert "<|user|>" not in Tokenizer.load(recipe()["model"]).chat_template
 
 
 def test_continues_from_an_adapter(recipe: MakeRecipe, tmp_path: pathlib.Path) -> None:
