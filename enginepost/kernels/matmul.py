@@ -17,7 +17,9 @@ from torch import Tensor
 
 from enginepost.kernels.backend import core, info, native, to_dlpack
 
-_MIN_ROWS = 16  # below this a product is bound by reading b, and packing b would read and write it once more
+# Below this a product is bound by reading b, and packing b would read and write it once more. Without bfloat16 instructions torch
+# goes row by row: 8 x 576 x 3072 on one core of an AMD Zen 3, torch 2.8 ms, ours 1.0 ms; 2 rows 0.7 against 0.8.
+_MIN_ROWS = 3 if info()["isa"] == "avx2" else 16
 
 
 @functools.cache

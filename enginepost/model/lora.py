@@ -130,7 +130,7 @@ def attach(
         if settings.use_dora:
             update.magnitude = nn.Parameter(torch.empty(target.stop - target.start, device=linear.weight.device))
         linear.lora[target.suffix] = update
-        linear.dropout = settings.dropout
+        linear.dropout, linear.has_magnitude = settings.dropout, settings.use_dora
         part = LoraPart(update.A, update.B, scaling, target.start, update.magnitude)
         linear.parts = (*linear.parts, part)
 

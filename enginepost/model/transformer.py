@@ -22,6 +22,7 @@ from enginepost.errors import EnginepostError
 from enginepost.kernels.attention import attention, attention_qkv
 from enginepost.kernels.glu import glu
 from enginepost.kernels.lora import LoraPart, lora_linear
+from enginepost.kernels.matmul import mm
 from enginepost.kernels.norm import add_rms_norm, rms_norm
 from enginepost.kernels.rope import rope
 from enginepost.model.rotary import tables
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from enginepost.model.lora import LoraSettings
 
 _Tables = tuple[Tensor, Tensor] | None
+FEW_ROWS = 16
 
 
 class Cache(Protocol):
@@ -52,15 +54,24 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype, device=device)) if bias else None
         self.lora = nn.ModuleDict()
         self.parts: tuple[LoraPart, ...] = ()
+        self.has_magnitude = False
         self.dropout = 0.0
 
     def forward(self, x: Tensor, seed: int = 0) -> Tensor:
         """x `[T, in]` -> `[T, out]`; seed keys the dropout of the updates while training."""
-        if not self.parts:
-            return lora_linear(x, self.weight, self.bias)
-        return lora_linear(
-            x, self.weight, self.bias, self.parts, dropout=self.dropout if self.training else 0.0, seed=seed
-        )
+        if x.shape[0] < FEW_ROWS and not torch.is_grad_enabled() and not self.training and not self.has_magnitude:
+            return self._few(x)
+        dropout = self.dropout if self.training and self.parts else 0.0
+        return lora_linear(x, self.weight, self.bias, self.parts, dropout=dropout, seed=seed)
+
+    def _few(self, x: Tensor) -> Tensor:
+        """A decoding step: reading W is the cost, so float32 updates must not make a float32 copy of it."""
+        y = mm(x, self.weight.t())
+        if self.bias is not None:
+            y += self.bias
+        for part in self.parts:
+            y[:, part.columns] += (x.to(part.A.dtype) @ part.A.t() @ part.B.t()).mul_(part.scaling)
+        return y
 
 
 class Block(nn.Module):
