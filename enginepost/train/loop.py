@@ -116,6 +116,7 @@ def _train(recipe: Recipe, run: RunDirectory, result: pathlib.Path, command: str
                 batches = [rows.batch(micro) for micro in todo.micro_batches]
                 lr = learning_rate(step, plan.total, recipe)
                 loss, norm = optimizer_step(model, optimizer, batches, recipe, step=step, lr=lr, run=run)
+                run.begun = True
                 tokens += sum(len(b.ids) for b in batches)
                 advice = spikes.check(norm)
                 if advice:

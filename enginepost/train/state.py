@@ -4,12 +4,13 @@
     metrics.jsonl         one line a logged step
     checkpoint-<step>/    adapter or model in the field's format; optimizer.safetensors; recipe.yaml; trainer_state.json
     adapter/ or model/    the result, once the run is complete
-    .lock                 held by the process that trains
 
-A directory is written under a hidden name, every file and the directory fsynced, then renamed; it is deleted by renaming it to a
-hidden name first. What a killed process left under a hidden name is removed when the next one starts. There is no random state to
-save: dropout is keyed by (seed, step, micro-batch) and the order of rows by (seed, epoch), so the step number is the data cursor
-and the generator in one.
+The process that trains holds a lock on the run directory. A directory is written under a hidden name, every file and the directory
+fsynced, then renamed; it is deleted by renaming it to a hidden name first. What a killed process left under a hidden name is
+removed when the next one starts. A run that failed before its first step (a mistake in the data) leaves nothing behind.
+
+There is no random state to save: dropout is keyed by (seed, step, micro-batch) and the order of rows by (seed, epoch), so the step
+number is the data cursor and the generator in one.
 """
 
 import fcntl
@@ -36,7 +37,7 @@ class RunDirectory:
     """An open (locked) run directory. Use as a context manager."""
 
     def __init__(self, recipe: Recipe, *, resume: bool) -> None:
-        """Create the directory, or with `resume` take up what is there.
+        """Create and lock the directory, or with `resume` take up what is there.
 
         Raises: RunError when the directory has something in it and `resume` is false, is no run directory, is in use, or its recipe
         differs in a key that would change the weights.
@@ -57,11 +58,11 @@ class RunDirectory:
             raise RunError(f"{self.path}: cannot resume: this is not a run directory (it has no recipe.yaml)")
         with writing(f"the run directory {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / ".lock", "a")
+            self._lock = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._lock.close()
+            os.close(self._lock)
             raise RunError(f"{self.path}: another process is training into this directory") from None
         try:
             if saved.exists():
@@ -70,8 +71,9 @@ class RunDirectory:
                 _remove(leftover)
             write_file(saved, recipe.dump())
         except BaseException:
-            self._lock.close()
+            os.close(self._lock)
             raise
+        self.begun = bool(present)  # has anything been learned: set by the loop after its first step
 
     def _check_recipe(self, before: Recipe, after: Recipe) -> None:
         changed = changed_keys(before, after)
@@ -89,7 +91,12 @@ class RunDirectory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        if not self.begun:
+            for name in ("recipe.yaml", "metrics.jsonl"):
+                (self.path / name).unlink(missing_ok=True)
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+        os.close(self._lock)
 
     def checkpoints(self) -> list[pathlib.Path]:
         """Complete checkpoints, oldest first."""
@@ -209,7 +216,7 @@ def write_file(path: pathlib.Path, text: str) -> None:
 
 
 def _ours(path: pathlib.Path) -> bool:
-    return path.name == ".lock" or (path.name.startswith(".") and path.name.endswith(".partial"))
+    return path.name.startswith(".") and path.name.endswith(".partial")
 
 
 def _remove(path: pathlib.Path) -> None:

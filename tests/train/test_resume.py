@@ -135,7 +135,7 @@ def test_trains_in_a_thread(recipe: MakeRecipe) -> None:
 def test_checkpoints_and_their_state(recipe: MakeRecipe, tmp_path: pathlib.Path) -> None:
     run = pathlib.Path(train(recipe(max_steps=9, save_every=2, keep_last=2, validation=0.2, eval_every=4)))
     assert sorted(p.name for p in run.iterdir()) == [
-        ".lock", "adapter", "checkpoint-6", "checkpoint-8", "metrics.jsonl", "recipe.yaml",
+        "adapter", "checkpoint-6", "checkpoint-8", "metrics.jsonl", "recipe.yaml",
     ]  # fmt: skip
     assert sorted(p.name for p in (run / "checkpoint-8").iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors", "optimizer.safetensors", "recipe.yaml", "trainer_state.json",
@@ -167,8 +167,8 @@ def test_full_checkpoint_is_a_model_directory(recipe: MakeRecipe) -> None:
 def test_the_result_keeps_the_template_it_was_trained_with(recipe: MakeRecipe, lora: Any) -> None:
     run = pathlib.Path(train(recipe(lora=lora, template="zephyr", max_steps=1)))
     result = run / ("adapter" if lora else "model")
-    assert "<|user|>" in Tokenizer.load(result).chat_template
-    assert "<|user|>" not in Tokenizer.load(recipe()["model"]).chat_template
+    assert "<|assistant|>" in Tokenizer.load(result).chat_template
+    assert "<|assistant|>" not in Tokenizer.load(recipe()["model"]).chat_template
 
 
 def test_continues_from_an_adapter(recipe: MakeRecipe, tmp_path: pathlib.Path) -> None:
@@ -225,6 +225,7 @@ def test_resume_before_the_first_checkpoint_starts_anew(recipe: MakeRecipe, tmp_
     whole = train(recipe(output=str(tmp_path / "whole")))
     settings = recipe()
     with RunDirectory(load_recipe(settings), resume=False) as run:
+        run.begun = True
         (run.path / "metrics.jsonl").write_text('{"step": 1, "loss": 9.9}\n{"step": 2, "lo')
         (run.path / ".checkpoint-3.partial").mkdir()
         (run.path / ".checkpoint-3.partial" / "optimizer.safetensors").write_text("half")
