@@ -136,7 +136,7 @@ def test_gradients_against_finite_differences(name):
                 continue
             direction = torch.randn_like(parameter)
             with torch.no_grad():
-                step = 1e-5
+                step = 1e-6
                 parameter.add_(direction, alpha=step)
                 above = loss()
                 parameter.add_(direction, alpha=-2 * step)
