@@ -4,13 +4,17 @@ import json
 import os
 import pathlib
 import re
+import resource
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
+
+from enginepost.cli import main
 
 ROWS = [
     {"messages": [{"role": "user", "content": f"what is {i} plus one?"}, {"role": "assistant", "content": str(i + 1)}]}
@@ -18,14 +22,41 @@ ROWS = [
 ]
 
 
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "TERM": "dumb", **more}
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
 
 
-def run(*arguments: str, cwd: pathlib.Path | None = None, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "enginepost.cli", *arguments],
-        capture_output=True, text=True, timeout=120, cwd=cwd, env=environment(), **kwargs,
+Call = Callable[..., Done]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> Call:
+    """`enginepost ARGUMENTS` in this process (torch takes seconds to import), in the test's directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "dumb")
+
+    def run(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["enginepost", *arguments])
+        capsys.readouterr()
+        code: Any = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return Done(code, out, err)
+
+    return run
+
+
+def spawn(*arguments: str, **kwargs: Any) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "enginepost.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}, **kwargs,
     )  # fmt: skip
 
 
@@ -41,65 +72,67 @@ def recipe_file(tmp_path: pathlib.Path, tiny_model_dir: pathlib.Path) -> pathlib
 
 
 @pytest.mark.parametrize("verb", [["train"], ["generate"], ["fuse"], ["kernels"], ["data", "preview"]])
-def test_help_shows_an_example(verb: list[str]) -> None:
-    done = run(*verb, "--help")
+def test_help_shows_an_example(call: Call, verb: list[str]) -> None:
+    done = call(*verb, "--help")
     assert done.returncode == 0 and f"enginepost {' '.join(verb)}" in done.stdout.split("Example")[1]
 
 
+def cpu_seconds(*command: str) -> tuple[float, str]:
+    """Processor time of the best of some runs: what a quiet machine would take."""
+    best, out = 9.0, ""
+    for _ in range(4):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        out = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True).stdout
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        best = min(best, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return best, out
+
+
 def test_help_lists_the_verbs_and_is_quick() -> None:
-    best = 9.0
-    for _ in range(5):  # the best of some: the machine may be busy
-        begin = time.perf_counter()
-        done = run("--help")
-        best = min(best, time.perf_counter() - begin)
-    assert all(verb in done.stdout for verb in ("train", "generate", "fuse", "data", "kernels"))
-    assert best < 0.5, f"--help took {best:.2f} s"
+    seconds, out = cpu_seconds("-m", "enginepost.cli", "--help")
+    assert all(verb in out for verb in ("train", "generate", "fuse", "data", "kernels"))
+    assert seconds < 0.5
 
 
 def test_import_is_quick_and_loads_no_torch() -> None:
-    code = "import time; t = time.perf_counter(); import enginepost, sys; print(time.perf_counter() - t, 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, torch = done.stdout.split()
-    assert float(seconds) < 0.2 and torch == "False"
+    seconds, out = cpu_seconds("-c", "import enginepost, sys; print('torch' in sys.modules)")
+    assert seconds < 0.2 and out.strip() == "False"
 
 
-def test_train_generate_fuse_generate(recipe_file: pathlib.Path, tiny_model_dir: pathlib.Path) -> None:
+def test_train_generate_fuse_generate(call: Call, recipe_file: pathlib.Path, tiny_model_dir: pathlib.Path) -> None:
     here = recipe_file.parent
-    done = run("train", "small.yaml", "lora.r=2", "learning_rate=1e-2", cwd=here)
+    done = call("train", "small.yaml", "lora.r=2", "learning_rate=1e-2")
     assert done.returncode == 0, done.stderr
     assert "step 3/3" in done.stdout and "done: runs/small/adapter" in done.stdout
     assert json.loads((here / "runs/small/adapter/adapter_config.json").read_text())["r"] == 2
     assert len((here / "runs/small/metrics.jsonl").read_text().splitlines()) == 3
-    again = run("train", "small.yaml", "lora.r=2", "learning_rate=1e-2", cwd=here)
+    again = call("train", "small.yaml", "lora.r=2", "learning_rate=1e-2")
     assert again.returncode == 1 and again.stderr.startswith("error: runs/small: the run directory is not empty")
     assert "Traceback" not in again.stderr
     ask = ["--prompt", "what is 3 plus one?", "--max-new-tokens", "8", "--dtype", "float32"]
-    with_adapter = run("generate", str(tiny_model_dir), "--adapter", "runs/small/adapter", *ask, cwd=here)
+    with_adapter = call("generate", str(tiny_model_dir), "--adapter", "runs/small/adapter", *ask)
     assert with_adapter.returncode == 0, with_adapter.stderr
-    fused = run("fuse", str(tiny_model_dir), "runs/small/adapter", "fused", cwd=here)
+    fused = call("fuse", str(tiny_model_dir), "runs/small/adapter", "fused")
     assert fused.returncode == 0 and "fused" in fused.stdout, fused.stderr
-    alone = run("generate", "fused", *ask, cwd=here)
+    alone = call("generate", "fused", *ask)
     assert alone.stdout == with_adapter.stdout
-    base = run("generate", str(tiny_model_dir), *ask, cwd=here)
+    base = call("generate", str(tiny_model_dir), *ask)
     assert base.returncode == 0 and base.stdout != alone.stdout
-    raw = run("generate", str(tiny_model_dir), "--raw", *ask, cwd=here)
+    raw = call("generate", str(tiny_model_dir), "--raw", *ask)
     assert raw.returncode == 0 and raw.stdout != base.stdout
-    refused = run("generate", str(tiny_model_dir), "--raw", "--system", "be brief", *ask, cwd=here)
+    refused = call("generate", str(tiny_model_dir), "--raw", "--system", "be brief", *ask)
     assert refused.returncode == 1 and "--system needs a chat template" in refused.stderr
 
 
-def test_sampling_follows_the_seed(tiny_model_dir: pathlib.Path) -> None:
+def test_sampling_follows_the_seed(call: Call, tiny_model_dir: pathlib.Path) -> None:
     ask = ["generate", str(tiny_model_dir), "-p", "the", "--raw", "--max-new-tokens", "12", "--temperature", "1.5"]
-    a, b, c = (run(*ask, "--seed", seed).stdout for seed in ("1", "1", "2"))
+    a, b, c = (call(*ask, "--seed", seed).stdout for seed in ("1", "1", "2"))
     assert a == b != c
 
 
 def test_sigterm_saves_and_says_how_to_resume(recipe_file: pathlib.Path) -> None:
     here = recipe_file.parent
-    process = subprocess.Popen(
-        [sys.executable, "-m", "enginepost.cli", "train", "small.yaml", "max_steps=100000", "save_every=100000"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=here, env=environment(),
-    )  # fmt: skip
+    process = spawn("train", "small.yaml", "max_steps=100000", "save_every=100000", cwd=here)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 2/"):
@@ -114,33 +147,31 @@ def test_sigterm_saves_and_says_how_to_resume(recipe_file: pathlib.Path) -> None
     assert err == ""
 
 
-def test_mistakes_are_messages(recipe_file: pathlib.Path) -> None:
-    here = recipe_file.parent
+def test_mistakes_are_messages(call: Call, recipe_file: pathlib.Path) -> None:
     recipe_file.write_text(recipe_file.read_text() + "learning_rte: 1e-4\n")
-    done = run("train", "small.yaml", cwd=here)
+    done = call("train", "small.yaml")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: small.yaml:9: learning_rte: unknown key; did you mean learning_rate?\n"
-    done = run("train", "nowhere.yaml", cwd=here)
+    done = call("train", "nowhere.yaml")
     assert done.stderr == "error: nowhere.yaml: cannot read the recipe: No such file or directory\n"
-    done = run("generate", "no/model", "--prompt", "x")
+    done = call("generate", "no/model", "--prompt", "x")
     assert done.returncode == 1 and done.stderr.startswith("error: ") and "no/model" in done.stderr
     assert "Traceback" not in done.stderr
-    assert run("train").returncode == 2  # usage
+    assert call("train").returncode == 2  # usage
 
 
-def test_data_preview(recipe_file: pathlib.Path, tiny_model_dir: pathlib.Path) -> None:
-    here = recipe_file.parent
+def test_data_preview(call: Call, recipe_file: pathlib.Path, tiny_model_dir: pathlib.Path) -> None:
     for arguments in (["small.yaml"], ["rows.jsonl", "--model", str(tiny_model_dir)]):
-        done = run("data", "preview", *arguments, "--rows", "2", cwd=here)
+        done = call("data", "preview", *arguments, "--rows", "2")
         assert done.returncode == 0, done.stderr
         assert "what is 0 plus one?" in done.stdout and "what is 2 plus one?" not in done.stdout
         assert "12" in done.stdout and "trained on" in done.stdout
-    done = run("data", "preview", "rows.jsonl", cwd=here)
+    done = call("data", "preview", "rows.jsonl")
     assert done.returncode == 1 and "--model" in done.stderr
 
 
-def test_kernels_lists_what_runs() -> None:
-    done = run("kernels")
+def test_kernels_lists_what_runs(call: Call) -> None:
+    done = call("kernels")
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in ("attention", "linear_logprob", "lora", "norm", "rope", "glu", "adamw"))
     assert "instruction set" in done.stdout

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import pathlib
+import shlex
 import signal
 import threading
 import time
@@ -66,7 +67,7 @@ def train(recipe: str | os.PathLike[str] | Mapping[str, Any], *, resume: bool = 
         if result.exists():
             print(f"{run.path} is complete: {result}")
             return settings.output
-        _train(settings, run, result, command=_resume_command(recipe, settings))
+        _train(settings, run, result, command=_resume_command(recipe, overrides))
     return settings.output
 
 
@@ -276,10 +277,11 @@ def _not_finite(what: str, step: int, batches: list[Batch], run: RunDirectory | 
     )
 
 
-def _resume_command(recipe: str | os.PathLike[str] | Mapping[str, Any], settings: Recipe) -> str:
+def _resume_command(recipe: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any]) -> str:
     if isinstance(recipe, Mapping):
         return "enginepost.train(..., resume=True)"
-    return f"enginepost train {os.fspath(recipe)} --resume"
+    keys = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in overrides.items()]
+    return shlex.join(["enginepost", "train", os.fspath(recipe), *keys, "--resume"])
 
 
 def _summary(

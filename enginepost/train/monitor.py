@@ -78,7 +78,9 @@ class Monitor:
         self.history = list(history)
         self.start = time.perf_counter()
         self._file = open(directory / "metrics.jsonl", "a", encoding="utf-8")
-        self._board = _tensorboard(directory / "tensorboard", step) if tensorboard else None
+        self._board_directory = directory / "tensorboard"
+        self._board_class = _summary_writer() if tensorboard else None
+        self._board: Any = None  # opened at the first metrics: a run that fails before leaves nothing
         self._bar: Any = None
         self._task: Any = None
         if sys.stdout.isatty():
@@ -108,7 +110,8 @@ class Monitor:
         self.history.append(metrics)
         self._file.write(json.dumps(metrics) + "\n")
         self._file.flush()
-        if self._board is not None:
+        if self._board_class is not None:
+            self._board = self._board or self._board_class(str(self._board_directory), purge_step=self.first + 1)
             for name, value in metrics.items():
                 if name not in ("step", "epoch"):
                     group = "eval" if name.startswith("eval_") else "train"
@@ -139,11 +142,11 @@ class Monitor:
             self._board.close()
 
 
-def _tensorboard(directory: pathlib.Path, step: int) -> Any:
+def _summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise EnginepostError(
             "tensorboard: true needs the package tensorboard: pip install 'enginepost[tensorboard]'"
         ) from None
-    return SummaryWriter(str(directory), purge_step=step + 1)
+    return SummaryWriter
