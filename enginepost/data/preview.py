@@ -1,6 +1,7 @@
 """A coloured view of training data: what is trained on, what is only read, and what happened to the rows.
 
-Green is trained on, dim is context, special tokens are underlined, a line end is shown as ⏎. Each sequence is decoded from its
+Green is trained on, dim is context, special tokens are underlined, a line end is shown as ⏎. Where there is no colour (a file, a
+pipe), 【 】 stand around what is trained on. Each sequence is decoded from its
 ids, so this is what the model sees, not what the file says.
 """
 
@@ -40,6 +41,7 @@ def show(
     from rich.panel import Panel
 
     console = console or Console()
+    plain = console.color_system is None or console.no_color
     tokenizer = Tokenizer.load(tokenizer_dir)
     dataset = prepare(
         paths, tokenizer, method=method, format=format, template=template, train_on=train_on, max_length=max_length,
@@ -48,30 +50,39 @@ def show(
     for index in range(min(rows, len(dataset))):
         sequence = dataset[index]
         title = f"{sequence.place} · {len(sequence.ids):,} tokens, {int(sequence.labels.sum()):,} trained on"
-        console.print(Panel(coloured(sequence, tokenizer), title=title, title_align="left", border_style="dim"))
-    console.print("[green]trained on[/]  [dim]context[/]  [underline]special token[/]")
+        console.print(
+            Panel(coloured(sequence, tokenizer, brackets=plain), title=title, title_align="left", border_style="dim")
+        )
+    legend = (
+        "【trained on】  context"
+        if plain
+        else "[bold green]trained on[/]  [dim]context[/]  [underline]special token[/]"
+    )
+    console.print(legend)
     console.print(summary(dataset, max_length))
     for note in dataset.report.notes():
         console.print(f"note: {note}", style="yellow", markup=False)
     return dataset
 
 
-def coloured(sequence: Sequence, tokenizer: Tokenizer) -> "Text":
-    """The text of one sequence, styled by label."""
+def coloured(sequence: Sequence, tokenizer: Tokenizer, *, brackets: bool = False) -> "Text":
+    """The text of one sequence, styled by label; with brackets also marked in the text itself."""
     from rich.text import Text
 
     special = set(tokenizer.specials.values())
-    styles = [
-        ("bold green" if label else "dim") + (" underline" if id in special else "")
-        for id, label in zip(sequence.ids.tolist(), sequence.labels.tolist(), strict=True)
-    ]
-    text, done, at = Text(), "", 0
-    for style, run in groupby(styles):
+    kinds = [(label, id in special) for id, label in zip(sequence.ids.tolist(), sequence.labels.tolist(), strict=True)]
+    text, done, at, inside = Text(), "", 0, False
+    for (label, marked), run in groupby(kinds):
         at += len(list(run))
         # Decoded from the start, as a run alone may lose its first space or half a character.
         so_far = tokenizer.decode(sequence.ids[:at])
+        if brackets and label != inside:
+            text.append("【" if label else "】")
+        style = ("bold green" if label else "dim") + (" underline" if marked else "")
         text.append(so_far[len(done) :].replace("\n", "⏎\n"), style)
-        done = so_far
+        done, inside = so_far, label
+    if brackets and inside:
+        text.append("】")
     return text
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from enginepost.data import DataError
+from enginepost.data import DataError, Tokenizer, prepare
 from enginepost.data.files import find, read
 
 ROWS = [{"text": "a\u2028b\r"}, {"text": "日本"}, {"text": "c"}]
@@ -110,6 +112,53 @@ def test_broken_files(tmp_path: Path, name: str, content: bytes, message: str) -
     path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         rows_of(path)
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 2) | st.text(max_size=5) | st.sampled_from(["[]", "{}", '[{"role": "user"}]']),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(["name", "type", "text"]), inner, max_size=2),
+    max_leaves=6,
+)  # fmt: skip
+CALL = st.fixed_dictionaries({}, optional={"name": ANY, "arguments": ANY, "function": ANY, "id": ANY})
+ROLE = st.sampled_from(["user", "assistant", "system", "tool"])
+TURN = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": ROLE | ANY, "content": st.text(max_size=4) | ANY, "train": ANY, "weight": ANY, "tool_calls": st.lists(CALL) | ANY,
+        "from": ROLE | st.just("function_call") | ANY, "value": st.text(max_size=4) | ANY, "thinking": ANY,
+    },
+)  # fmt: skip
+GOOD = st.fixed_dictionaries({"role": ROLE, "content": st.text(max_size=4)}, optional={"tool_calls": st.lists(CALL)})
+TURNS = st.lists(GOOD, min_size=1, max_size=4) | st.lists(TURN, max_size=3) | ANY
+RECORD = ANY | st.fixed_dictionaries(
+    {},
+    optional={
+        "messages": TURNS, "conversations": TURNS, "prompt": TURNS, "completion": TURNS, "text": ANY, "instruction": ANY,
+        "output": ANY, "input": ANY, "history": ANY, "system": ANY, "tools": ANY, "chat_template_kwargs": ANY,
+    },
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=80), suffix=st.sampled_from([".jsonl", ".json", ".csv", ".parquet", ".txt"]))
+def test_any_bytes_give_records_or_a_data_error(tmp_path: Path, content: bytes, suffix: str) -> None:
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(content)
+    try:
+        rows_of(path)
+    except DataError as error:
+        assert str(path) in str(error)
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(value=RECORD)
+def test_any_json_gives_a_sequence_or_a_data_error(tmp_path: Path, tokenizer: Tokenizer, value: object) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps(value))
+    try:
+        assert len(prepare(path, tokenizer, template="chatml", max_length=4096)) == 1
+    except DataError as error:
+        assert str(path) in str(error)
 
 
 def test_unreadable_file(tmp_path: Path) -> None:

@@ -40,6 +40,20 @@ def test_show(jsonl: Callable[..., Path]) -> None:
         assert part in text, part
 
 
+def test_brackets_where_there_is_no_colour(jsonl: Callable[..., Path]) -> None:
+    out = io.StringIO()
+    show(jsonl(ROW), MODEL, template="chatml", console=Console(width=120, file=out))
+    assert "【[bold]6[/] 😀<|im_end|>】⏎" in out.getvalue() and "【trained on】" in out.getvalue()
+    colour = io.StringIO()
+    show(
+        jsonl(ROW),
+        MODEL,
+        template="chatml",
+        console=Console(width=120, file=colour, force_terminal=True, no_color=False),
+    )
+    assert "【" not in colour.getvalue() and "\x1b[1;32m[bold]6" in colour.getvalue()
+
+
 def test_show_refuses_what_training_refuses(jsonl: Callable[..., Path]) -> None:
     with pytest.raises(DataError, match="no token to train on"):
         show(jsonl({"messages": ROW["messages"][:1]}), MODEL, template="chatml")
