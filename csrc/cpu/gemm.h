@@ -30,7 +30,7 @@ static inline void micro(int64_t k, const float *__restrict a, const float *__re
 #pragma GCC unroll 16
   for (int i = 0; i < MR; i++) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) acc[i][j] = ADD ? load(c + i * ldc + j * N) : zero();
+    for (int j = 0; j < NV; j++) acc[i][j] = zero();
   }
   for (int64_t p = 0; p < k; p++, a += AP, b += ldb) {
     V bv[NV];
@@ -46,7 +46,10 @@ static inline void micro(int64_t k, const float *__restrict a, const float *__re
 #pragma GCC unroll 16
   for (int i = 0; i < MR; i++) {
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) store(c + i * ldc + j * N, acc[i][j]);
+    for (int j = 0; j < NV; j++) {
+      float *at = c + i * ldc + j * N;
+      store(at, ADD ? load(at) + acc[i][j] : acc[i][j]);
+    }
   }
 }
 
@@ -112,7 +115,11 @@ static inline void pack_columns(Line &&line, int count, int64_t depth, float sca
       for (int i = 0; i < N; i++) r[i] = i0 + i < count ? get(line(i0 + i) + p, steps) * factor : zero();
       transpose(r);
       const int width = WIDTH - i0 < N ? WIDTH - i0 : N;
-      for (int s = 0; s < steps; s++) put(panel + (p + s) * WIDTH + i0, r[s], width);
+      for (int s = 0; s < steps; s++) {
+        // What a whole vector writes beyond its line, the next line overwrites; masked stores are slow on some processors.
+        const bool spill = WIDTH < N && 2 * WIDTH >= N && p + s + 1 < depth;
+        put(panel + (p + s) * WIDTH + i0, r[s], spill ? N : width);
+      }
     }
   }
 }

@@ -1,6 +1,6 @@
 // Gated linear unit y = act(g) * u, with g and u the halves of a row (T, 2I) = [gate | up].
 //   silu: g s, s = sigmoid(g);                          act' = s (1 + g (1 - s))
-//   gelu_tanh: g/2 (1 + th), th = tanh(k (g + a g^3));  act' = (1 + th)/2 + g/2 (1 - th^2) k (1 + 3 a g^2)
+//   gelu_tanh: g/2 (1 + tanh z) = g s, z = k (g + a g^3), s = sigmoid(2z);  act' = s + 2 g s (1 - s) k (1 + 3 a g^2)
 //   gelu: g Phi(g), Phi the normal distribution;        act' = Phi(g) + g phi(g)
 // Backward: du = dy act(g), dg = dy u act'(g). A task is a few rows; everything is one pass.
 #include "enginepost/glu.h"
@@ -47,10 +47,12 @@ static inline Act activate(V g) {
     return {g * s, s * fma(g, one - s, one)};
   }
   if (ACT == EP_GELU_TANH) {
-    const V k = set1(0.79788456080286536f), a = set1(0.044715f);
-    const V th = tanh(k * fma(a * g * g, g, g));
-    const V inner = k * fma(set1(3.f) * a * g, g, one);
-    return {half * g * (one + th), fma(half * g * (one - th * th), inner, half * (one + th))};
+    // 2k and a; beyond |g| = 15 the sigmoid is 0 or 1 in float32, and the powers of g could overflow.
+    const V k = set1(1.59576912160573072f), a = set1(0.044715f);
+    const V x = min(set1(15.f), max(set1(-15.f), g));
+    const V s = sigmoid(k * fma(a * x * x, x, x));
+    const V inner = k * fma(set1(3.f) * a * x, x, one);
+    return {g * s, fma(x * s * (one - s), inner, s)};
   }
   const V cdf = normal_cdf(g);
   return {g * cdf, fma(g * set1(0.39894228040143268f), exp(zero() - half * g * g), cdf)};

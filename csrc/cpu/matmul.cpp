@@ -2,19 +2,24 @@
 //
 // a is copied once into panels of MR rows, b block by block into panels of NR columns, each panel holding its lines side by side
 // for every k. The copy widens bfloat16 to float32, whichever way the input is transposed. The micro-kernel keeps an MR x NR tile
-// of c in registers over the whole depth, so c is touched once. A block of b is packed by the thread that uses it and stays in its
-// second-level cache, while the panels of a stream past.
+// of c in registers, so c is touched once. A block of b is packed by the thread that uses it and stays in its second-level cache,
+// while the panels of a stream past.
+//
+// A product with few rows (generation) is bound by the reading of b, so it packs nothing: columns of b that lie contiguously are
+// multiplied where they lie.
 //
 // NOTES: bfloat16 inputs are multiplied by float32 FMA. The bf16 dot product instruction (vdpbf16ps) has half the rate of two FMA
 // ports on Intel's server cores (oneDNN's bf16 product runs at half of MKL's float32 product there), and widening in the copy
 // costs no more than copying. The result is also closer: products are exact in float32.
 //
-// Every element is summed over k in order by one thread, so results depend neither on the blocking nor on the thread count.
+// Every element is summed in an order that depends on k alone, by one thread, so results depend neither on the blocking nor on the
+// thread count. Runs of up to DEPTH products are summed on their own and then added up, which keeps the rounding error of a long
+// sum down.
 #include "enginepost/matmul.h"
 
+#include "gemm.h"
 #include "isa.h"
 #include "parallel.h"
-#include "simd.h"
 #include "tensor.h"
 
 namespace ep {
@@ -37,6 +42,8 @@ struct Matmul {
 constexpr int64_t A_BYTES = 32 << 20;  // packed rows of a at a time
 constexpr int64_t B_BYTES = 3 << 18;   // one thread's packed block of b: well inside a second-level cache of 1 to 2 MB
 constexpr int64_t A_ALIGN = 14 * 6 * 4, B_ALIGN = 32;  // multiples of every instruction set's tile
+constexpr int64_t DEPTH = 512;                         // products in one run, at most
+constexpr int64_t FEW_ROWS = 16, FEW_ALIGN = 16;       // rows that are not packed, and what their depth is padded to
 
 static inline int64_t blocked(int64_t extent, int64_t depth, int64_t bytes, int64_t align) {
   int64_t limit = bytes / 4 / (depth > 0 ? depth : 1) / align * align;
@@ -56,14 +63,6 @@ EP_KERNEL(matmul, Matmul)
 namespace ep {
 namespace EP_ISA {
 
-#if defined(__AVX512F__)
-constexpr int MR = 14, NV = 2;
-#elif defined(__AVX2__)
-constexpr int MR = 6, NV = 2;
-#else
-constexpr int MR = 4, NV = 1;
-#endif
-constexpr int NR = NV * N;
 static_assert(A_ALIGN % MR == 0 && B_ALIGN % NR == 0, "blocks hold whole panels");
 
 // Copies `count` lines (rows of a, columns of b) of depth k into a panel (k, WIDTH); lines beyond count are zero.
@@ -78,42 +77,8 @@ static void pack_panel(const T *source, int64_t line_stride, int64_t k_stride, i
     }
     return;
   }
-  int64_t p = 0;
-#if defined(__AVX512F__)
-  // 16 lines x 16 k at a time through registers, so that both sides move whole cache lines.
-  if (k_stride == 1) {
-    for (; p + 16 <= k; p += 16) {
-      for (int i0 = 0; i0 < WIDTH; i0 += 16) {
-        __m512 r[16], t[16];
-        for (int i = 0; i < 16; i++) r[i] = i0 + i < count ? load(source + (i0 + i) * line_stride + p).v : _mm512_setzero_ps();
-        for (int i = 0; i < 16; i += 2) {
-          t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-          t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-        }
-        for (int i = 0; i < 16; i += 4) {
-          r[i] = _mm512_shuffle_ps(t[i], t[i + 2], 0x44);
-          r[i + 1] = _mm512_shuffle_ps(t[i], t[i + 2], 0xee);
-          r[i + 2] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0x44);
-          r[i + 3] = _mm512_shuffle_ps(t[i + 1], t[i + 3], 0xee);
-        }
-        for (int j = 0; j < 4; j++) {
-          t[j] = _mm512_shuffle_f32x4(r[j], r[j + 4], 0x88);
-          t[j + 4] = _mm512_shuffle_f32x4(r[j], r[j + 4], 0xdd);
-          t[j + 8] = _mm512_shuffle_f32x4(r[j + 8], r[j + 12], 0x88);
-          t[j + 12] = _mm512_shuffle_f32x4(r[j + 8], r[j + 12], 0xdd);
-        }
-        const int width = WIDTH - i0 < 16 ? WIDTH - i0 : 16;
-        for (int j = 0; j < 4; j++) {
-          store_n(panel + (p + j) * WIDTH + i0, V{_mm512_shuffle_f32x4(t[j], t[j + 8], 0x88)}, width);
-          store_n(panel + (p + j + 4) * WIDTH + i0, V{_mm512_shuffle_f32x4(t[j + 4], t[j + 12], 0x88)}, width);
-          store_n(panel + (p + j + 8) * WIDTH + i0, V{_mm512_shuffle_f32x4(t[j], t[j + 8], 0xdd)}, width);
-          store_n(panel + (p + j + 12) * WIDTH + i0, V{_mm512_shuffle_f32x4(t[j + 4], t[j + 12], 0xdd)}, width);
-        }
-      }
-    }
-  }
-#endif
-  for (; p < k; p++) {
+  if (k_stride == 1) return pack_columns<WIDTH>([&](int i) { return source + i * line_stride; }, count, k, 1.f, panel);
+  for (int64_t p = 0; p < k; p++) {
     for (int i = 0; i < WIDTH; i++) panel[p * WIDTH + i] = i < count ? to_float(source[i * line_stride + p * k_stride]) : 0.f;
   }
 }
@@ -135,41 +100,21 @@ static void pack(const MatrixView *inputs, bool rows, const int64_t *depth, int6
   }
 }
 
-// c tile (rows, cols) (+)= a panel (k, MR) times b panel (k, NR). The accumulators live in registers: MR * NV of them.
-template <class C>
-static inline void micro(int64_t k, const float *__restrict a, const float *__restrict b, C *c, int64_t c_row, int rows, int cols,
-                         bool accumulate) {
-  V acc[MR][NV];
-#pragma GCC unroll 16
-  for (int i = 0; i < MR; i++) {
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) acc[i][j] = zero();
-  }
-  for (int64_t p = 0; p < k; p++, a += MR, b += NR) {
-    V bv[NV];
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) bv[j] = load(b + j * N);
-#pragma GCC unroll 16
-    for (int i = 0; i < MR; i++) {
-      const V av = set1(a[i]);
-#pragma GCC unroll 4
-      for (int j = 0; j < NV; j++) acc[i][j] = fma(av, bv[j], acc[i][j]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < MR; i++) {
-#pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) {
-      const int n = cols - j * N < N ? cols - j * N : N;
-      if (i >= rows || n <= 0) continue;
-      C *at = c + i * c_row + j * N;
-      put(at, accumulate ? get(at, n) + acc[i][j] : acc[i][j], n);
-    }
-  }
-}
-
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t chunks(int64_t extent, int64_t size) { return (extent + size - 1) / size; }
+
+// c tile (rows, cols) (+)= a panel (k, MR) times b panel (k, NR).
+template <class C>
+static inline void tile(int64_t k, const float *a, const float *b, C *c, int64_t c_row, int rows, int cols, bool accumulate) {
+  alignas(64) float sum[MR * NR];
+  const int64_t runs = chunks(k, DEPTH), run = runs > 0 ? chunks(k, runs) : 0;
+  micro<1, MR, false>(run, a, b, NR, sum, NR);
+  for (int64_t p = run; p < k; p += run) micro<1, MR, true>(least(run, k - p), a + p * MR, b + p * NR, NR, sum, NR);
+  for (int i = 0; i < rows; i++, c += c_row) {
+    const float *line = sum + i * NR;
+    each(cols, [&](int64_t j, int n) { put(c + j, accumulate ? get(c + j, n) + get(line + j, N) : get(line + j, N), n); });
+  }
+}
 
 template <class C>
 static void product(const Matmul &g) {
@@ -197,15 +142,89 @@ static void product(const Matmul &g) {
         const int64_t row = m0 + i * MR;
         C *c = reinterpret_cast<C *>(g.c) + row * g.c_row;
         for (int64_t j = n0; j < n1; j += NR) {
-          micro(k, pack_a + i * MR * k, mine + (j - n0) * k, c + j, g.c_row, int(least(MR, m1 - row)), int(least(NR, n1 - j)),
-                g.accumulate);
+          tile(k, pack_a + i * MR * k, mine + (j - n0) * k, c + j, g.c_row, int(least(MR, m1 - row)), int(least(NR, n1 - j)),
+               g.accumulate);
         }
       }
     });
   }
 }
 
-void matmul(const Matmul &g) { g.c_bf16 ? product<bf16>(g) : product<float>(g); }
+// R rows of x (widened, zero beyond the depth) times W columns of both b's, with W accumulators a row.
+template <int R, int W, class C>
+static inline void few(const Matmul &g, const float *x, const int64_t *padded, int64_t row, int64_t col) {
+  V acc[R][W];
+  for (int i = 0; i < R; i++) {
+    for (int w = 0; w < W; w++) acc[i][w] = zero();
+  }
+  const int64_t ld = padded[0] + padded[1];
+  x += row * ld;
+  for (int part = 0; part < 2; x += padded[part], part++) {
+    const MatrixView &b = g.b[part];
+    const auto run = [&](auto *first) {
+      each(g.depth[part], [&](int64_t p, int n) {
+        V xv[R];
+        for (int i = 0; i < R; i++) xv[i] = load(x + i * ld + p);
+        for (int w = 0; w < W; w++) {
+          const V bv = get(first + w * b.col + p, n);
+          for (int i = 0; i < R; i++) acc[i][w] = fma(xv[i], bv, acc[i][w]);
+        }
+      });
+    };
+    b.bf16 ? run(reinterpret_cast<const bf16 *>(b.data) + col * b.col) : run(reinterpret_cast<const float *>(b.data) + col * b.col);
+  }
+  for (int i = 0; i < R; i++) {
+    C *c = reinterpret_cast<C *>(g.c) + (row + i) * g.c_row + col;
+    for (int w = 0; w < W; w++) from_float(g.accumulate ? to_float(c[w]) + sum(acc[i][w]) : sum(acc[i][w]), c + w);
+  }
+}
+
+template <int W, class C>
+static inline void few_columns(const Matmul &g, const float *x, const int64_t *padded, int64_t col) {
+  int64_t row = 0;
+  for (; row + 4 <= g.m; row += 4) few<4, W, C>(g, x, padded, row, col);
+  if (g.m - row == 3) few<3, W, C>(g, x, padded, row, col);
+  if (g.m - row == 2) few<2, W, C>(g, x, padded, row, col);
+  if (g.m - row == 1) few<1, W, C>(g, x, padded, row, col);
+}
+
+static bool few_rows(const Matmul &g) {
+  for (int part = 0; part < 2; part++) {
+    if (g.depth[part] > 0 && (g.a[part].col != 1 || g.b[part].row != 1)) return false;
+  }
+  return g.m <= FEW_ROWS;
+}
+
+template <class C>
+static void few_product(const Matmul &g) {
+  constexpr int64_t COLS = 64;
+  constexpr int W = N == 16 ? 4 : 2;
+  int64_t padded[2];
+  for (int part = 0; part < 2; part++) padded[part] = chunks(g.depth[part], FEW_ALIGN) * FEW_ALIGN;
+  const int64_t ld = padded[0] + padded[1];
+  for (int part = 0; part < 2; part++) {
+    const MatrixView &a = g.a[part];
+    float *x = g.workspace + (part ? padded[0] : 0);
+    const auto widen_rows = [&](auto *first) {
+      for (int64_t i = 0; i < g.m; i++) {
+        pack_rows([&](int64_t) { return first + i * a.row; }, 1, g.depth[part], padded[part], x + i * ld);
+      }
+    };
+    if (g.depth[part] == 0) continue;
+    a.bf16 ? widen_rows(reinterpret_cast<const bf16 *>(a.data)) : widen_rows(reinterpret_cast<const float *>(a.data));
+  }
+  parallel_for(chunks(g.n, COLS), [&](int64_t task, int) {
+    int64_t col = task * COLS;
+    const int64_t end = least(col + COLS, g.n);
+    for (; col + W <= end; col += W) few_columns<W, C>(g, g.workspace, padded, col);
+    for (; col < end; col++) few_columns<1, C>(g, g.workspace, padded, col);
+  });
+}
+
+void matmul(const Matmul &g) {
+  if (few_rows(g)) return g.c_bf16 ? few_product<bf16>(g) : few_product<float>(g);
+  g.c_bf16 ? product<bf16>(g) : product<float>(g);
+}
 
 }  // namespace EP_ISA
 }  // namespace ep
@@ -230,7 +249,9 @@ static bool strided(Tensor &out, const DLTensor *t, const char *fn, const char *
 }
 
 extern "C" int64_t ep_matmul_workspace_bytes(int64_t m, int64_t n, int64_t k) {
-  return (block_rows(m, k) + block_cols(n, k) * int64_t(num_threads())) * k * 4;
+  const int64_t packed = (block_rows(m, k) + block_cols(n, k) * int64_t(num_threads())) * k;
+  const int64_t few = m <= FEW_ROWS ? m * (k + 2 * FEW_ALIGN) : 0;
+  return (packed > few ? packed : few) * 4;
 }
 
 extern "C" int ep_matmul(const DLTensor *a, const DLTensor *b, const DLTensor *a2, const DLTensor *b2, const DLTensor *c,

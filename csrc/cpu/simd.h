@@ -208,12 +208,10 @@ static inline float max(V a) {
 
 #endif
 
-// e^x to about 1 ulp: x = n ln2 + r, a degree-6 polynomial on |r| <= ln2 / 2 (coefficients of Cephes expf), times 2^n.
-// Far below -87 the result is 0; above 88.72 it is that of 88.72. NaN stays NaN: min and max return their second operand then.
-static inline V exp(V x) {
-  V c = min(set1(88.72284f), max(set1(-104.f), x));
-  V n = round(c * set1(1.44269504088896341f));
-  V r = fma(n, set1(-0.693359375f), c);
+// x = n ln2 + r: returns e^r - 1 on |r| <= ln2 / 2 to about 1 ulp, a degree-6 polynomial (coefficients of Cephes expf).
+static inline V exp_reduced(V x, V &n) {
+  n = round(x * set1(1.44269504088896341f));
+  V r = fma(n, set1(-0.693359375f), x);
   r = fma(n, set1(2.12194440e-4f), r);
   V p = set1(1.9875691500e-4f);
   p = fma(p, r, set1(1.3981999507e-3f));
@@ -221,16 +219,30 @@ static inline V exp(V x) {
   p = fma(p, r, set1(4.1665795894e-2f));
   p = fma(p, r, set1(1.6666665459e-1f));
   p = fma(p, r, set1(5.0000001201e-1f));
-  p = fma(p, r * r, r) + set1(1.f);
-  return scale2(p, n);
+  return fma(p, r * r, r);
 }
 
-static inline V tanh(V x) {  // 1 - 2 / (e^2x + 1)
-  V e = exp(min(set1(40.f), x + x));
-  return set1(1.f) - set1(2.f) / (e + set1(1.f));
+// e^x to about 1 ulp. Far below -87 the result is 0; above 88.72 it is that of 88.72. NaN stays NaN: min and max return their
+// second operand then.
+static inline V exp(V x) {
+  V n;
+  const V p = exp_reduced(min(set1(88.72284f), max(set1(-104.f), x)), n);
+  return scale2(p + set1(1.f), n);
 }
 
-static inline V sigmoid(V x) { return set1(1.f) / (set1(1.f) + exp(zero() - max(set1(-80.f), x))); }
+// (e^2x - 1) / (e^2x + 1), from e^2x - 1 itself so that small x keep their digits; flat beyond |x| = 10.
+static inline V tanh(V x) {
+  V n;
+  const V p = exp_reduced(min(set1(20.f), max(set1(-20.f), x + x)), n);
+  const V power = scale2(set1(1.f), n), e = fma(p, power, power - set1(1.f));
+  return e / (e + set1(2.f));
+}
+
+// e^x / (1 + e^x), which underflows to 0 where 1 / (1 + e^-x) would stop at the largest e^-x.
+static inline V sigmoid(V x) {
+  const V e = exp(min(set1(30.f), x));
+  return e / (e + set1(1.f));
+}
 
 // Calls body(i, n) over [0, width) in steps of N; n < N only for the tail.
 template <class Body>

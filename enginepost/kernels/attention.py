@@ -67,8 +67,8 @@ def attention(
         causal, window, softcap, scale: see the module's formulas; window 0 = unlimited, scale default 1/sqrt(D).
 
     Returns:
-        (out `[T, H, D]` in q's dtype, lse `[H, T]` float32). A query that sees no key gives out 0 and lse -inf. Gradients flow through
-        out alone, and are the same bits at any thread count.
+        (out `[T, H, D]` in q's dtype, lse `[H, T]` float32). A query that sees no key gives out 0 and lse -inf. Gradients flow
+        through out alone, and are the same bits at any thread count.
 
     Raises: ValueError that names the argument at fault.
     """

@@ -3,10 +3,11 @@
     mm(x, W.T)                        y = x W^T
     mm(x, W.T, a2=S, b2=B.T)          y = x W^T + S B^T, a low-rank update in the same pass over y
 
-Which product is faster was measured (2-core Intel Xeon with AVX-512, one thread, 1600 x 3072 x 576): torch's float32 product (MKL)
-runs at 130 to 155 GFLOP/s, ours at 110 to 135, torch's bfloat16 product (oneDNN) at 75. So bfloat16 goes to csrc/cpu/matmul.cpp,
-which widens while it packs, and float32 to torch. A CPU that multiplies bfloat16 at twice the rate of float32 (AMX tiles, AMD's
-dot product) keeps torch's product, and so does any CPU for which we have only portable code.
+Which product is faster was measured, one thread. Intel Xeon with AVX-512, 1600 x 3072 x 576: torch's float32 product (MKL) runs at
+130 to 155 GFLOP/s, ours at 110 to 135, torch's bfloat16 product (oneDNN) at 75. AMD Zen 3 with AVX2, 2048 x 1536 x 576: MKL 94, ours
+92, oneDNN's bfloat16 10; and one row, bound by the reading of b: ours reads 24 GB/s of bfloat16, torch 10. So bfloat16 goes to
+csrc/cpu/matmul.cpp, which widens while it packs, and float32 to torch. A CPU that multiplies bfloat16 at twice the rate of float32
+(AMX tiles, AMD's dot product) keeps torch's product, and so does any CPU for which we have only portable code.
 """
 
 import functools
@@ -16,10 +17,6 @@ import torch
 from torch import Tensor
 
 from enginepost.kernels.backend import core, info, native, to_dlpack
-
-# Below this a product is bound by reading b, and packing b would read and write it once more. Without bfloat16 instructions torch
-# goes row by row: 8 x 576 x 3072 on one core of an AMD Zen 3, torch 2.8 ms, ours 1.0 ms; 2 rows 0.7 against 0.8.
-_MIN_ROWS = 3 if info()["isa"] == "avx2" else 16
 
 
 @functools.cache
@@ -59,7 +56,7 @@ def mm(
         out = torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device)
     mixed = any(t is not None and t.dtype != a.dtype for t in (b, a2, b2, out))
     half = a.dtype == torch.bfloat16 or mixed
-    if half and a.shape[0] >= _MIN_ROWS and native(a, b, a2, b2, out) and widening_wins():
+    if half and native(a, b, a2, b2, out) and widening_wins():
         core().matmul(
             to_dlpack(a.detach()), to_dlpack(b.detach()), None if a2 is None else to_dlpack(a2.detach()),
             None if b2 is None else to_dlpack(b2.detach()), to_dlpack(out), accumulate,
@@ -67,9 +64,9 @@ def mm(
         return out
     if mixed:
         wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), out.dtype)
-        product = a @ b if a.dtype == b.dtype and a.shape[0] < _MIN_ROWS else a.to(wide) @ b.to(wide)
+        product = a.to(wide) @ b.to(wide)
         if a2 is not None and b2 is not None:
-            product = product + a2.to(wide) @ b2.to(wide)
+            product += a2.to(wide) @ b2.to(wide)
         return out.add_(product) if accumulate else out.copy_(product)
     if accumulate:
         out.addmm_(a, b)
