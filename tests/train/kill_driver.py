@@ -2,6 +2,7 @@
 
     python kill_driver.py RECIPE.json KILLS SEED
 
+At least KILLS times, and on until one landed in the middle of a save.
 Each attempt is a fork of this process, which has made the unbroken run itself, so an attempt costs no start-up. (One thread: a pool
 of threads would not survive the fork.) Prints one JSON line: {"kills", "runs", "saves_hit"}
 where saves_hit counts kills that left a half-written directory behind.
@@ -85,7 +86,7 @@ def main(recipe: dict, kills: int, seed: int) -> None:
     attempt({**recipe, "output": str(whole)}, None)
     duration = time.perf_counter() - begin
     done = runs = hit = 0
-    while done < kills:
+    while done < kills or (hit == 0 and done < 10 * kills):
         shutil.rmtree(broken, ignore_errors=True)
         while not attempt(recipe, rng.uniform(0, 0.5 * duration)):
             done += 1

@@ -36,11 +36,8 @@ def test_killed_at_random_moments(recipe: MakeRecipe, tmp_path: pathlib.Path, fl
     keys: dict[str, Any] = (
         {"lora": {"r": 4, "alpha": 8, "dropout": 0.2}} if flavour == "lora" else {"lora": None, "dtype": "bf16"}
     )
-    report = kill_often(
-        recipe(**keys, max_steps=14, save_every=1, gradient_accumulation=1), tmp_path, 12, seed=len(flavour)
-    )
-    assert report["kills"] == 10
-    assert report["saves_hit"] > 0, "no kill landed in a save: the test shows less than it should"
+    report = kill_often(recipe(**keys, max_steps=14, save_every=1, gradient_accumulation=1), tmp_path, 10, seed=1)
+    assert report["kills"] >= 10 and report["saves_hit"] > 0
 
 
 @pytest.mark.slow

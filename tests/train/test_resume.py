@@ -77,10 +77,8 @@ def test_interrupted_and_resumed_has_the_same_bits(
             interrupt_after(m, steps)
             with pytest.raises(Interrupted, match="stopped by SIGTERM after step"):
                 train(cut, resume=steps != 2)
-    assert [p.name for p in RunDirectory(load_recipe(cut), resume=True).checkpoints()] == [
-        "checkpoint-2",
-        "checkpoint-6",
-    ]
+    checkpoints = sorted(p.name for p in pathlib.Path(cut["output"]).glob("checkpoint-*"))
+    assert checkpoints == ["checkpoint-2", "checkpoint-6"]
     train(cut, resume=True)
     assert_same_bits(weights_of(whole), weights_of(cut["output"]))
     timeless = ("tokens_per_second", "memory_gb", "elapsed_seconds")
