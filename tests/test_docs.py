@@ -1,0 +1,28 @@
+"""The pages say what is true: every recipe key is documented, links lead somewhere, tables are those of the committed results."""
+
+import pathlib
+import re
+
+import pytest
+
+from bench import tables
+from enginepost.recipe import Lora, Recipe
+
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def test_every_recipe_key_is_documented():
+    page = (ROOT / "docs" / "recipe.md").read_text()
+    missing = [key for key in [*Recipe.model_fields, *Lora.model_fields] if f"`{key}`" not in page]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_to_files(page):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_tables_are_those_of_the_committed_results():
+    assert tables.main(check=True) == 0
