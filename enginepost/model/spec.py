@@ -156,9 +156,9 @@ def _read(config: dict[str, Any]) -> ModelSpec:
     _check_keys(config, family, name)
 
     def get(key: str, default: Any = None) -> Any:
-        """The config's value; a missing key or null means the family's default."""
-        value = config.get(key)
-        return family.defaults.get(key, default) if value is None else value
+        """The config's value. A missing key means the family's default; null (no window, no softcap) means `default`."""
+        value = config[key] if key in config else family.defaults.get(key)
+        return default if value is None else value
 
     def size(key: str, default: int | None = None) -> int:
         value = get(key, default)

@@ -128,9 +128,9 @@ def test_gradients_against_finite_differences(name):
     for linear in [m for m in model.modules() if hasattr(m, "parts") and m.parts]:
         assert all(p.A.dtype == torch.float64 for p in linear.parts)  # the parts are the parameters themselves
     weights = torch.linspace(-1, 1, 48, dtype=torch.float64)
-    loss = lambda: (model.hidden(*stream(ids, ids[3:9])) @ weights).sum()  # noqa: E731
+    loss = lambda: (model.hidden(*stream(ids[:9], ids[3:5])) @ weights).sum()  # noqa: E731
     loss().backward()
-    for update in list(found.values())[::3]:
+    for update in list(found.values())[::5]:
         for parameter in (update.A, update.B, update.magnitude):
             if parameter is None:
                 continue
