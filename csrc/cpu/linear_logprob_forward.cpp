@@ -27,32 +27,30 @@ static inline bool softmax_panel(float *u, int64_t count, float cap, float *row_
   const V top = set1(cap), inverse = set1(1.f / cap);
   for (int j = 0; j < NV; j++) {
     float *column = u + j * N;
-    V high[4];
-    for (V &h : high) h = set1(LOWEST);
-    for (int64_t v = 0; v < count; v++) {
+    V even = set1(LOWEST), odd = even;  // two chains, as max takes several cycles
+    auto look = [&](int64_t v, V &high) {
       V x = load(column + v * NR);
       if (CAP) store(column + v * NR, x = tanh_exact(x * inverse));  // t, with z = t c
-      high[v % 4] = max(high[v % 4], x);
-    }
-    V highest = max(max(high[0], high[1]), max(high[2], high[3]));
-    if (CAP) highest = highest * top;
-    const V before = load(row_max + j * N), now = max(before, highest), sum = load(row_sum + j * N);
-    V total[2] = {zero(), zero()}, spread[2] = {zero(), zero()};
-    auto step = [&](int64_t v, int part) {
-      const V x = load(column + v * NR), d = (CAP ? x * top : x) - now, e = exp(d);
-      total[part] = total[part] + e;
-      if (ENTROPY) spread[part] = fma(e, d, spread[part]);
-      store(column + v * NR, CAP ? e * fma(zero() - x, x, set1(1.f)) : e);
+      high = max(high, x);
     };
     int64_t v = 0;
-    for (; v + 2 <= count; v += 2) {
-      step(v, 0);
-      step(v + 1, 1);
-    }
-    if (v < count) step(v, 0);
+    for (; v + 2 <= count; v += 2) look(v, even), look(v + 1, odd);
+    if (v < count) look(v, even);
+    V highest = max(even, odd);
+    if (CAP) highest = highest * top;
+    const V before = load(row_max + j * N), now = max(before, highest), sum = load(row_sum + j * N);
+    V total = zero(), other_total = zero(), spread = zero(), other_spread = zero();
+    auto take = [&](int64_t v, V &to, V &spread_to) {
+      const V x = load(column + v * NR), d = (CAP ? x * top : x) - now, e = exp(d);
+      to = to + e;
+      if (ENTROPY) spread_to = fma(e, d, spread_to);
+      store(column + v * NR, CAP ? e * fma(zero() - x, x, set1(1.f)) : e);
+    };
+    for (v = 0; v + 2 <= count; v += 2) take(v, total, spread), take(v + 1, other_total, other_spread);
+    if (v < count) take(v, total, spread);
     rescale[j] = exp(before - now);
-    store(row_spread + j * N, fma(rescale[j], fma(sum, before - now, load(row_spread + j * N)), spread[0] + spread[1]));
-    store(row_sum + j * N, fma(sum, rescale[j], total[0] + total[1]));
+    store(row_spread + j * N, fma(rescale[j], fma(sum, before - now, load(row_spread + j * N)), spread + other_spread));
+    store(row_sum + j * N, fma(sum, rescale[j], total + other_total));
     store(row_max + j * N, now);
     float lanes[N];
     store(lanes, rescale[j]);

@@ -65,6 +65,8 @@ static inline void blocked_micro(int64_t blocks, const float *__restrict a, int6
     for (int j = 0; j < NV; j++) acc[i][j] = ADD ? load(c + i * NR + j * N) : zero();
   }
   for (int64_t block = 0; block < blocks; block++, a += jump) {
+    // NOTES: unrolled, the steps are interleaved by the compiler until an accumulator no longer fits into the registers.
+#pragma GCC unroll 1
     for (int p = 0; p < STEP; p++, b += NR) {
       V bv[NV];
 #pragma GCC unroll 4

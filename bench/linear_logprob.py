@@ -1,0 +1,86 @@
+"""linear_logprob against torch's matmul with the loss on float32 logits: forward + backward, time and added memory.
+
+SFT's peer is `cross_entropy((hidden @ weight^T).float())`, DPO's is log_softmax and gather of the same logits. The rate counts the
+products that a loss needs, 4 T K V FLOP with a frozen head and 6 with a trained one, for both sides alike; ours makes the logits
+of a trained head twice (8 T K V). The roof is torch's faster product of the two dtypes.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from bench import Options, Row, compare, roof, timing
+from enginepost.kernels.linear_logprob import linear_logprob
+
+# (tokens, width, vocabulary, dtype, trained head): SmolLM2-135M's head, then Qwen2.5-0.5B's.
+CASES = [
+    (1024, 576, 49152, torch.bfloat16, False),
+    (1024, 576, 49152, torch.bfloat16, True),
+    (1024, 576, 49152, torch.float32, False),
+    (1024, 576, 49152, torch.float32, True),
+    (2048, 896, 151936, torch.bfloat16, False),
+]
+
+
+def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return linear_logprob(hidden, weight, targets)[0]
+
+
+def by_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return -torch.nn.functional.cross_entropy((hidden @ weight.T).float(), targets, reduction="none")
+
+
+def by_log_softmax(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return torch.log_softmax((hidden @ weight.T).float(), dim=-1).gather(1, targets.unsqueeze(1)).squeeze(1)
+
+
+def sft(logprob: Tensor) -> Tensor:
+    return -logprob.mean()
+
+
+def dpo(logprob: Tensor) -> Tensor:
+    """Of one pair: the first half of the tokens is the chosen answer, the reference policy's log-ratio is 0."""
+    chosen, rejected = logprob.chunk(2)
+    return -torch.nn.functional.logsigmoid(0.1 * (chosen.sum() - rejected.sum()))
+
+
+def step(
+    logprobs: Callable[[Tensor, Tensor, Tensor], Tensor], loss: Callable[[Tensor], Tensor], hidden: Tensor, weight: Tensor,
+    targets: Tensor,
+) -> Callable[[], None]:  # fmt: skip
+    def call() -> None:
+        hidden.grad = weight.grad = None
+        loss(logprobs(hidden, weight, targets)).backward()
+
+    return call
+
+
+def in_new_thread(call: Callable[[], None]) -> None:
+    """So that memory counts the workspace of the kernels, which a thread keeps from call to call."""
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+
+
+def run(options: Options) -> Iterator[Row]:
+    best = max(roof.gemm(torch.float32), roof.gemm(torch.bfloat16))
+    for tokens, width, vocab, dtype, trained in CASES:
+        torch.manual_seed(0)
+        hidden = torch.randn(tokens, width).to(dtype).requires_grad_()
+        weight = (torch.randn(vocab, width) / width**0.5).to(dtype).requires_grad_(trained)
+        targets = torch.randint(vocab, (tokens,))
+        head = "trained" if trained else "frozen"
+        for name, loss, peer in (("SFT", sft, by_cross_entropy), ("DPO", dpo, by_log_softmax)):
+            case = f"{name} {str(dtype)[6:]} T={tokens} K={width} V={vocab} {head}"
+            calls = {
+                "ours": step(ours, loss, hidden, weight, targets),
+                f"torch matmul+{peer.__name__[3:]}": step(peer, loss, hidden, weight, targets),
+            }
+            work = (6 if trained else 4) * tokens * width * vocab
+            yield compare(case, calls, work=work, unit="GFLOP/s", options=options, roof=best)
+            used = {label: timing.peak_memory(lambda call=call: in_new_thread(call)) for label, call in calls.items()}
+            hidden.grad = weight.grad = None
+            mine, (peer_name, theirs) = used["ours"], list(used.items())[1]
+            yield Row(case, "added memory", "MB", mine / 1e6, peer_name, theirs / 1e6)
