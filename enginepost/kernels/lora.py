@@ -136,8 +136,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[LoraP
 
 
 def _linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[LoraPart], dropout: float, seed: int
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[LoraPart], dropout: float, seed: int,
+    unrounded: bool = False,
+) -> Tensor:  # fmt: skip
     wide = torch.promote_types(x.dtype, torch.float32)
     if parts:
         stacked = torch.cat([p.A.to(wide) * p.scaling for p in parts])
@@ -145,14 +146,18 @@ def _linear(
         stacked, dropout = torch.empty(0, x.shape[1], dtype=wide, device=x.device), 0.0
     b, starts = [p.B for p in parts], [p.start for p in parts]
     if plain(x, weight, bias, stacked, *b):
-        return _forward(x, weight, bias, stacked, b, starts, dropout, seed)[0]
-    return torch.ops.enginepost.lora_linear(x, weight, bias, stacked, b, starts, dropout, seed)[0]
+        return _forward(x, weight, bias, stacked, b, starts, dropout, seed, unrounded)[0]
+    return torch.ops.enginepost.lora_linear(x, weight, bias, stacked, b, starts, dropout, seed, unrounded)[0]
 
 
 def _dora(
     x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[LoraPart], dropout: float, seed: int
 ) -> Tensor:
-    """y = gain * (x' W^T + S B*^T) + (x - x') W^T + b with x' the masked x, after PEFT: without dropout x' = x."""
+    """y = gain * (x' W^T + S B*^T) + (x - x') W^T + b with x' the masked x, after PEFT: without dropout x' = x.
+
+    Products stay in float32 until the gain has been applied, and so does the gradient until it meets S: a gradient of A or B must
+    not carry the rounding of dy * gain to bfloat16.
+    """
     wide = torch.promote_types(x.dtype, torch.float32)
     gains, end = [], 0
     for p in sorted(parts, key=lambda p: p.start):
@@ -163,11 +168,10 @@ def _dora(
             gains.append(p.magnitude.to(wide) / row_norm(weight, p))
         end = p.start + p.B.shape[0]
     gain = torch.cat([*gains, torch.ones(weight.shape[0] - end, dtype=wide, device=x.device)])
-    if dropout == 0:
-        y = _linear(x, weight, None, parts, 0.0, seed) * gain
-    else:
-        masked = _dropped(x, dropout, seed)
-        y = _linear(masked, weight, None, parts, 0.0, seed) * gain + _linear(x - masked, weight, None, (), 0.0, seed)
+    masked = _dropped(x, dropout, seed) if dropout else x
+    y = _linear(masked, weight, None, parts, 0.0, seed, unrounded=True) * gain
+    if dropout:
+        y = y + _linear(x - masked, weight, None, (), 0.0, seed)
     return (y if bias is None else y + bias).to(x.dtype)
 
 
@@ -193,12 +197,12 @@ def _lines(x: Tensor) -> Tensor:
 
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Sequence[Tensor], starts: Sequence[int],
-    dropout: float, seed: int,
+    dropout: float, seed: int, unrounded: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(y `[T, out]`, S `[T, R]`)."""
+    """(y `[T, out]`, in float32 when `unrounded`, S `[T, R]`)."""
     x, rows, out = _lines(x), x.shape[0], weight.shape[0]
     s = torch.empty(rows, a.shape[0], dtype=a.dtype, device=x.device)
-    y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
+    y = torch.empty(rows, out, dtype=a.dtype if unrounded else x.dtype, device=x.device)
     if bias is not None:
         y.copy_(bias)
     if a.shape[0] == 0:
@@ -255,17 +259,17 @@ def _backward(
 @torch.library.custom_op("enginepost::lora_linear", mutates_args=())
 def _linear_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: list[Tensor], starts: list[int], dropout: float,
-    seed: int,
+    seed: int, unrounded: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _forward(x, weight, bias, a, b, starts, dropout, seed)
+    return _forward(x, weight, bias, a, b, starts, dropout, seed, unrounded)
 
 
 @_linear_op.register_fake
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: list[Tensor], starts: list[int], dropout: float,
-    seed: int,
+    seed: int, unrounded: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return x.new_empty(x.shape[0], weight.shape[0]), a.new_empty(x.shape[0], a.shape[0])
+    return (a if unrounded else x).new_empty(x.shape[0], weight.shape[0]), a.new_empty(x.shape[0], a.shape[0])
 
 
 @torch.library.custom_op("enginepost::lora_linear_backward", mutates_args=())
@@ -289,7 +293,7 @@ def _(
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight, bias, a, b, ctx.starts, ctx.dropout, ctx.seed = inputs
+    x, weight, bias, a, b, ctx.starts, ctx.dropout, ctx.seed, _ = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(x, weight, output[1], a, *b)
     ctx.mark_non_differentiable(output[1])
@@ -308,6 +312,7 @@ def _grad(ctx, dy: Tensor, _: Tensor) -> tuple:  # type: ignore[no-untyped-def]
         da if needs[3] else None,
         [g if want else None for g, want in zip(db, wants_b, strict=True)],
         None if ctx.starts else [],  # torch takes an empty list of ints for one of tensors
+        None,
         None,
         None,
     )
