@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class LanguageModel:
     @torch.no_grad()
     def logprobs(self, ids: Any) -> Any:
         """log p(ids[t] | ids[:t]) for t = 1 .. T-1, float32 `[T-1]`. A list of sequences gives a list of such tensors."""
-        if isinstance(ids, Tensor) or (len(ids) > 0 and isinstance(ids[0], int)):
+        if isinstance(ids, Tensor) or (len(ids) > 0 and isinstance(ids[0], Integral)):
             return self.logprobs([ids])[0]
         sequences = [_flat(s) for s in ids]
         results: list[Tensor] = []
