@@ -134,3 +134,11 @@ def test_changed_keys_ignores_what_alters_no_weight() -> None:
     assert changed_keys(recipe(), recipe(seed=1)) == ["seed"]
     assert changed_keys(recipe(lora={"r": 4}), recipe(lora={"r": 8})) == ["lora.r"]
     assert changed_keys(recipe(), recipe(lora=None)) == ["lora"]
+
+
+@pytest.mark.parametrize("name", ["sft_lora", "sft_full", "pretrain"])
+def test_example_recipes_are_valid(name: str) -> None:
+    file = pathlib.Path(__file__).parent.parent / "examples" / "recipes" / f"{name}.yaml"
+    r = load_recipe(file)
+    assert r.output == f"runs/{name}" and (r.lora is None) == (name != "sft_lora")
+    assert f"enginepost train examples/recipes/{name}.yaml" in file.read_text()
