@@ -108,7 +108,7 @@ FAMILIES = {
                     {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}, fused_checkpoint=True),
     "olmo2": _Family("Olmo2ForCausalLM", "attention_bias", {"rms_norm_eps": 1e-5, "max_position_embeddings": 2048},
                      pre_norm=False, post_norm=True, qk_norm="projection"),
-    "smollm3": _Family("SmolLM3ForCausalLM", f"{_BIAS} {_WINDOWS} no_rope_layers no_rope_layer_interval",
+    "smollm3": _Family("SmolLM3ForCausalLM", f"{_BIAS} {_WINDOWS} no_rope_layers no_rope_layer_interval pretraining_tp",
                        {"tie_word_embeddings": True, "rope_theta": 2e6, "max_position_embeddings": 32768}),
     "granite": _Family("GraniteForCausalLM",
                        f"{_BIAS} embedding_multiplier residual_multiplier attention_multiplier logits_scaling",
@@ -132,7 +132,7 @@ _HARMLESS = set(
     "encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id "
     "forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
     "attention_dropout attn_pdrop resid_pdrop embd_pdrop hidden_dropout max_window_layers unsloth_version unsloth_fixed "
-    "is_llama_config transformers.js_config".split()
+    "is_llama_config transformers.js_config model_max_length max_sequence_length _flash_attn_2_enabled".split()
 )
 # Keys that would change the maths, with the values under which they do not.
 _ONLY: dict[str, tuple[Any, ...]] = {
@@ -140,7 +140,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "cross_attention_hidden_size": (), "tie_encoder_decoder": (False,), "use_bidirectional_attention": (False,),
     "rope_interleaved": (False,), "use_mrope": (False,), "lm_head_bias": (False,), "attention_bias": (False,),
     "mlp_bias": (False,), "use_sliding_window": (False,), "full_attn_mod": (1,), "interpolate_factor": (1,),
-    "hidden_activation": (), "qkv_bias": (), "qk_layernorm": (False,), "use_qk_norm": (False,), "layer_types": (),
+    "qkv_bias": (), "qk_layernorm": (False,), "use_qk_norm": (False,), "layer_types": (),
 }  # fmt: skip
 _ACTIVATIONS = {
     "silu": "silu",
@@ -180,10 +180,9 @@ def _read(config: dict[str, Any]) -> ModelSpec:
         )
     if head_dim > 256:
         raise ConfigError(f"config.json: head_dim {head_dim} is more than the 256 that the attention kernels take")
-    activation_key = (
-        "hidden_activation" if family.gemma and config.get("hidden_activation") is not None else "hidden_act"
-    )
-    activation = config.get(activation_key) or ("gelu_pytorch_tanh" if family.gemma else "silu")
+    # Gemma reads hidden_activation alone; its old checkpoints carry a hidden_act that was never used.
+    activation_key = "hidden_activation" if family.gemma else "hidden_act"
+    activation = get(activation_key, "silu")
     if activation not in _ACTIVATIONS:
         raise ConfigError(
             f"config.json: {activation_key} {activation!r} is not supported; known: {', '.join(_ACTIVATIONS)}"

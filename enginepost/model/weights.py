@@ -7,7 +7,6 @@ into its place and saving writes views: neither holds a second copy of the model
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from enginepost.checkpoint import Checkpoint, Writer, copy_side_files
+from enginepost.checkpoint import Checkpoint, Writer, copy_side_files, write_bytes
 from enginepost.errors import EnginepostError
-from enginepost.model.spec import ModelSpec
+from enginepost.model.spec import FAMILIES, ModelSpec
 from enginepost.model.transformer import Transformer
 
 
@@ -185,14 +184,6 @@ def create_model(
     return model
 
 
-_DTYPE_NAMES = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-    torch.float64: "float64",
-}
-
-
 def save_model(
     model: Transformer, directory: str | Path, source: str | Path | None = None, dtype: torch.dtype | None = None
 ) -> None:
@@ -208,26 +199,14 @@ def save_model(
             "of the base with `enginepost fuse`"
         )
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     dtype = dtype or model.dtype
-    tensors = model.checkpoint_tensors()
-    writer = Writer(directory, {n: (dtype, tuple(t.shape)) for n, t in tensors.items()})
-    for name, tensor in tensors.items():
-        writer.write(name, tensor.to(dtype))
-    if source is not None:
-        copy_side_files(source, directory)
     config = dict(model.config)
-    key = "dtype" if "dtype" in config else "torch_dtype"
-    config[key] = _DTYPE_NAMES[dtype]
-    config.setdefault("architectures", None)
-    if not config["architectures"]:
-        from enginepost.model.spec import FAMILIES
-
-        config["architectures"] = [FAMILIES[model.spec.family].architecture]
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    writer.close()
-
-
-def parameter_count(model: Transformer, trainable: bool = False) -> int:
-    """Number of weights, or of those that train."""
-    return sum(math.prod(p.shape) for p in model.parameters() if p.requires_grad or not trainable)
+    config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
+    config["architectures"] = config.get("architectures") or [FAMILIES[model.spec.family].architecture]
+    tensors = model.checkpoint_tensors()
+    with Writer(directory, {n: (dtype, tuple(t.shape)) for n, t in tensors.items()}) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor.to(dtype))
+        if source is not None:
+            copy_side_files(source, directory)
+        write_bytes(directory / "config.json", (json.dumps(config, indent=2) + "\n").encode())

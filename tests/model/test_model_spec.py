@@ -118,3 +118,44 @@ def test_refusals_of_families(name, changes, words):
 def test_harmless_keys_pass():
     spec("llama", torch_dtype="bfloat16", transformers_version="4.40.0", use_cache=True, attention_dropout=0.1,
          pretraining_tp=1, is_llama_config=True, rope_interleaved=False, some_future_key=None, architectures=None)  # fmt: skip
+
+
+# What config.json of well-known checkpoints holds, beyond the sizes: none of it may be refused.
+PUBLISHED = {
+    "SmolLM2-135M-Instruct": ("llama", {
+        "attention_bias": False, "attention_dropout": 0.0, "is_llama_config": True, "pretraining_tp": 1, "rope_interleaved": False,
+        "rope_scaling": None, "rope_theta": 100000, "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+    }),
+    "Llama-3.2-1B": ("llama", {
+        "eos_token_id": [128001, 128008, 128009], "head_dim": 12, "mlp_bias": False, "rope_theta": 500000.0, "rope_scaling": {
+            "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+            "rope_type": "llama3"}}),
+    "Mistral-7B-v0.3": ("mistral", {"sliding_window": None, "head_dim": None, "tie_word_embeddings": False}),
+    "Qwen2.5-0.5B": ("qwen2", {"max_window_layers": 21, "sliding_window": 32768, "use_sliding_window": False, "use_mrope": False}),
+    "Qwen3-0.6B": ("qwen3", {"attention_bias": False, "max_window_layers": 28, "sliding_window": None, "rope_scaling": None,
+                             "use_sliding_window": False}),
+    "gemma-2-2b": ("gemma2", {"cache_implementation": "hybrid", "hidden_act": "gelu_pytorch_tanh", "attention_bias": False,
+                              "hidden_activation": "gelu_pytorch_tanh"}),
+    "gemma-3-1b-it": ("gemma3_text", {
+        "cache_implementation": "hybrid", "attn_logit_softcapping": None, "final_logit_softcapping": None, "rope_scaling": None,
+        "rope_local_base_freq": 10000, "sliding_window_pattern": 6, "use_bidirectional_attention": False}),
+    "Phi-3.5-mini-instruct": ("phi3", {
+        "auto_map": {"AutoConfig": "x"}, "attention_bias": False, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "sliding_window": 262144,
+        "original_max_position_embeddings": 4096, "rope_scaling": {"long_factor": [1.0] * 6, "short_factor": [1.0] * 6,
+                                                                   "type": "longrope"}}),
+    "Phi-4-mini-instruct": ("phi3", {
+        "full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False, "partial_rotary_factor": 0.75,
+        "head_dim": 16, "original_max_position_embeddings": 4096, "tie_word_embeddings": True}),
+    "OLMo-2-0425-1B": ("olmo2", {"attention_bias": False, "rope_scaling": None, "rope_theta": 500000}),
+    "SmolLM3-3B": ("smollm3", {
+        "layer_types": ["full_attention"] * 2, "no_rope_layers": [1, 1], "no_rope_layer_interval": 4, "max_window_layers": 28,
+        "pretraining_tp": 2, "sliding_window": None, "use_sliding_window": False}),
+    "granite-3.1-2b": ("granite", {"attention_multiplier": 0.015625, "logits_scaling": 8.0, "residual_multiplier": 0.22,
+                                   "embedding_multiplier": 12.0, "mlp_bias": False, "attention_bias": False}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read(name):
+    family, keys = PUBLISHED[name]
+    assert ModelSpec.from_config({**LLAMA, "model_type": family, **keys}).family == family
