@@ -63,7 +63,7 @@ def mm(
         )  # fmt: skip
         return out
     if mixed:
-        wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), out.dtype)
+        wide = torch.promote_types(torch.promote_types(a.dtype, out.dtype), torch.float32)
         product = a.to(wide) @ b.to(wide)
         if a2 is not None and b2 is not None:
             product += a2.to(wide) @ b2.to(wide)
