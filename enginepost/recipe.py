@@ -161,7 +161,8 @@ def load_recipe(
     try:
         checked = Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError("\n".join(_describe(e, name, places) for e in error.errors())) from None
+        found = [_describe(e, name, places) for e in error.errors()]
+        raise RecipeError("\n".join(sorted(found, key=_line))) from None
     if checked.output is None:
         stem = "run" if isinstance(recipe, Mapping) else pathlib.Path(name).stem
         checked = checked.model_copy(update={"output": os.path.join("runs", stem)})
@@ -240,6 +241,11 @@ def _override(values: dict[str, Any], dotted: str, value: Any, places: dict[tupl
     for known in [p for p in places if p[: len(path)] == path]:
         del places[known]
     places[path] = f"override {dotted}={value if isinstance(value, str) else json.dumps(value, default=str)}"
+
+
+def _line(message: str) -> int:
+    found = re.search(r":(\d+): ", message)
+    return int(found[1]) if found else 0
 
 
 def _describe(error: Any, name: str, places: dict[tuple[str, ...], str]) -> str:

@@ -62,6 +62,7 @@ def test_typo_names_file_line_and_nearest_key(tmp_path: pathlib.Path) -> None:
     text = mistake(tmp_path, MINIMAL + "\nlearning_rte: 1e-4\nlora:\n  alfa: 3\n")
     assert "DIR/my_run.yaml:4: learning_rte: unknown key; did you mean learning_rate?" in text
     assert "DIR/my_run.yaml:6: lora.alfa: unknown key; did you mean lora.alpha?" in text
+    assert text.index("yaml:4") < text.index("yaml:6")
     assert "the keys are model, data" in mistake(tmp_path, MINIMAL + "zzzzz: 1\n")
 
 

@@ -35,11 +35,14 @@ def load(
         raise EnginepostError(f"dtype {dtype!r} is not known; use {' or '.join(map(repr, ('bfloat16', 'float32')))}")
     if quantize is not None:
         raise EnginepostError(f"quantize={quantize!r} is not supported; use None and dtype='bfloat16'")
-    return LanguageModel(load_model(path, dtype=DTYPES[dtype], device=device, adapter=adapter), path)
+    # An adapter may have a tokenizer beside it: that of its training, chat template included.
+    beside = adapter is not None and (Path(adapter) / "tokenizer_config.json").exists()
+    tokenizer = adapter if adapter is not None and beside else path
+    return LanguageModel(load_model(path, dtype=DTYPES[dtype], device=device, adapter=adapter), tokenizer)
 
 
 class LanguageModel:
-    """A model with its tokenizer (read from `path` when first needed)."""
+    """A model with its tokenizer (read from the directory `path` when first needed)."""
 
     def __init__(self, model: Transformer, path: str | Path) -> None:
         self.model, self.path = model, Path(path)

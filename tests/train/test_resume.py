@@ -17,6 +17,7 @@ import enginepost.train.loop as loop
 from enginepost.checkpoint import Checkpoint
 from enginepost.data import Tokenizer
 from enginepost.errors import EnginepostError
+from enginepost.generate import load
 from enginepost.recipe import load_recipe
 from enginepost.train.loop import Interrupted, train
 from enginepost.train.state import RunDirectory, RunError
@@ -166,7 +167,10 @@ def test_the_result_keeps_the_template_it_was_trained_with(recipe: MakeRecipe, l
     run = pathlib.Path(train(recipe(lora=lora, template="zephyr", max_steps=1)))
     result = run / ("adapter" if lora else "model")
     assert "<|assistant|>" in Tokenizer.load(result).chat_template
-    assert "<|assistant|>" not in Tokenizer.load(recipe()["model"]).chat_template
+    base = recipe()["model"]
+    assert "<|assistant|>" not in Tokenizer.load(base).chat_template
+    used = load(base, adapter=result, dtype="float32") if lora else load(result, dtype="float32")
+    assert "<|assistant|>" in used.tokenizer.chat_template
 
 
 def test_continues_from_an_adapter(recipe: MakeRecipe, tmp_path: pathlib.Path) -> None:
