@@ -7,6 +7,15 @@ import torch
 from torch import Tensor
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """These tensors are small: waking a second thread takes longer than the work, much longer on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def no_worse() -> Callable[..., None]:
     """The error of ours is at most twice that of plain PyTorch at the same dtype, both against float64.
@@ -36,9 +45,8 @@ def no_worse() -> Callable[..., None]:
 
 
 @pytest.fixture
-def each_thread_count() -> Iterator[Callable[[Callable[[], list[Tensor]]], None]]:
+def each_thread_count() -> Callable[[Callable[[], list[Tensor]]], None]:
     """check(f): f() gives the same bits with 1, 2, 3 and 8 threads."""
-    before = torch.get_num_threads()
 
     def check(call: Callable[[], list[Tensor]]) -> None:
         torch.set_num_threads(1)
@@ -48,5 +56,4 @@ def each_thread_count() -> Iterator[Callable[[Callable[[], list[Tensor]]], None]
             for i, (one, many) in enumerate(zip(first, call(), strict=True)):
                 assert torch.equal(one, many), f"result {i} differs with {threads} threads"
 
-    yield check
-    torch.set_num_threads(before)
+    return check
