@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from enginepost.model.lora import LoraSettings
 
 _Tables = tuple[Tensor, Tensor] | None
-FEW_ROWS = 16
+FEW_ROWS = 16  # a product with fewer is bound by reading the weight
 
 
 class Cache(Protocol):

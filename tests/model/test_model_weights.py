@@ -1,6 +1,9 @@
 """Weights: saving, loading, memory, and every way in which a checkpoint can be that of another model."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -56,6 +59,25 @@ def test_sharded_half_precision_and_tied_copies(tmp_path):
     loaded = load_model(tmp_path, dtype=torch.bfloat16)
     assert torch.equal(loaded.embedding, model.embedding.half().bfloat16())
     assert torch.equal(loaded.blocks[1].qkv.weight, model.blocks[1].qkv.weight.half().bfloat16())
+
+
+PEAK = """
+import sys, torch
+from enginepost.model import load_model
+def resident(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+before = resident("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+model = load_model(sys.argv[1])
+print((resident("VmHWM") - before) / sum(p.numel() * 2 for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
+def test_loading_holds_one_copy(tmp_path):
+    save_model(create_model({**LLAMA, "vocab_size": 60000, "hidden_size": 480}, dtype=torch.bfloat16), tmp_path)
+    done = subprocess.run([sys.executable, "-c", PEAK, tmp_path], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1.7  # 120 MB: the model, and the largest tensor's pages
 
 
 def test_created_by_seed():
