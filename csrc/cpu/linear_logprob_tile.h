@@ -10,6 +10,7 @@ namespace ep {
 namespace EP_ISA {
 
 static_assert(BLOCK % MR == 0 && ROWS % NR == 0 && LANES % NR == 0, "blocks hold whole tiles");
+static_assert(MR <= N, "pack_weight stores one vector per line");
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
