@@ -29,12 +29,12 @@ def main(model: str, data: str, settings: dict, out: str) -> None:
                 "format": "text",
                 "max_length": settings["max_length"],
                 "packing": False,
-                "batch_size": settings.get("bins", 1),
-                "gradient_accumulation": math.ceil(settings["rows"] / settings.get("bins", 1)),
+                "batch_size": settings.get("bins", 4),
+                "gradient_accumulation": math.ceil(settings["rows"] / settings.get("bins", 4)),
                 "max_steps": settings["steps"],
                 "learning_rate": settings["learning_rate"],
                 "lora": {"r": settings["rank"], "alpha": settings["alpha"]},
-                "checkpointing": settings.get("checkpointing", True),
+                "checkpointing": settings.get("checkpointing", False),
                 "output": scratch + "/run",
             }
         )
