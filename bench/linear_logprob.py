@@ -31,12 +31,8 @@ def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return linear_logprob(hidden, weight, targets)[0]
 
 
-def widening_wins() -> bool:
-    return roof.gemm(torch.float32) > 2 * roof.gemm(torch.bfloat16)
-
-
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    return hidden.float() @ weight.float().T if widening_wins() else (hidden @ weight.T).float()
+    return hidden.float() @ weight.float().T if roof.widening_wins() else (hidden @ weight.T).float()
 
 
 def by_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -83,7 +79,7 @@ def run(options: Options) -> Iterator[Row]:
         weight = (torch.randn(vocab, width) / width**0.5).to(dtype).requires_grad_(trained)
         targets = torch.randint(vocab, (tokens,))
         head = "trained" if trained else "frozen"
-        multiplied = "float32" if dtype == torch.float32 or widening_wins() else "bfloat16"
+        multiplied = "float32" if dtype == torch.float32 or roof.widening_wins() else "bfloat16"
         for name, loss, peer in (("SFT", sft, by_cross_entropy), ("DPO", dpo, by_log_softmax)):
             case = f"{name} {str(dtype)[6:]} T={tokens} K={width} V={vocab} {head}"
             calls = {

@@ -19,11 +19,21 @@ def copy() -> float:
 
 @functools.cache
 def gemm(dtype: torch.dtype) -> float:
-    """FLOP per second of torch's matrix product at 2048 x 2048 x 2048, in a layer's layout (x @ W^T)."""
-    n = 2048
+    """FLOP per second of torch's matrix product in a layer's layout (x @ W^T): 2048 x 2048 x 2048, or 512 x 512 x 512 where that
+    would take seconds (bfloat16 on a CPU without an instruction for it)."""
+    rate = _gemm(dtype, 512, rounds=3)
+    return rate if rate < 10e9 else _gemm(dtype, 2048, rounds=9)
+
+
+def _gemm(dtype: torch.dtype, n: int, rounds: int) -> float:
     x, w, y = (torch.randn(n, n).to(dtype) for _ in range(3))
-    best = timing.interleave({"gemm": lambda: torch.mm(x, w.T, out=y)}, 9)["gemm"].median
-    return 2 * n**3 / best
+    return 2 * n**3 / timing.interleave({"gemm": lambda: torch.mm(x, w.T, out=y)}, rounds)["gemm"].median
+
+
+@functools.cache
+def widening_wins() -> bool:
+    """True where torch's bfloat16 product is slower than half its float32 one: there a peer is given float32 to multiply with."""
+    return _gemm(torch.float32, 512, rounds=3) > 2 * _gemm(torch.bfloat16, 512, rounds=3)
 
 
 def run(options: Options) -> Iterator[Row]:

@@ -64,11 +64,11 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, directory: str, rank: int, alpha: float) -> None:
+    def __init__(self, directory: str, rank: int, alpha: float, dtype: torch.dtype) -> None:
         super().__init__()
         with open(f"{directory}/config.json") as f:
             config = json.load(f)
-        tensors = load_file(f"{directory}/model.safetensors")
+        tensors = {name: t.to(dtype) for name, t in load_file(f"{directory}/model.safetensors").items()}
         self.embedding = tensors["model.embed_tokens.weight"]  # [V, H], also the head
         self.norm = tensors["model.norm.weight"]
         self.eps = config["rms_norm_eps"]
@@ -78,7 +78,7 @@ class Model(nn.Module):
         inverse = config["rope_theta"] ** (-torch.arange(0, config["head_dim"], 2).float() / config["head_dim"])
         angles = torch.outer(torch.arange(config["max_position_embeddings"]).float(), inverse)
         angles = torch.cat((angles, angles), dim=-1)
-        self.cos, self.sin = angles.cos().bfloat16(), angles.sin().bfloat16()  # [positions, D]
+        self.cos, self.sin = angles.cos().to(dtype), angles.sin().to(dtype)  # [positions, D]
 
     def forward(self, ids: Tensor) -> Tensor:
         """Sum of the token losses of one row, ids [T]."""
@@ -98,7 +98,7 @@ def main(directory: str, data: str, settings: dict, out: str) -> None:
     eos = tokenizer.token_to_id("<eos>")
     with open(data) as f:
         rows = [torch.tensor([*tokenizer.encode(json.loads(line)["text"]).ids, eos]) for line in f]
-    model = Model(directory, settings["rank"], settings["alpha"])
+    model = Model(directory, settings["rank"], settings["alpha"], getattr(torch, settings["dtype"]))
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=settings["learning_rate"], weight_decay=0.0, fused=True)
     steps, losses, first = [], [], 0.0

