@@ -116,7 +116,7 @@ def _train(recipe: Recipe, run: RunDirectory, result: pathlib.Path, command: str
                 todo = plan.step(step)
                 batches = [rows.batch(micro) for micro in todo.micro_batches]
                 lr = learning_rate(step, plan.total, recipe)
-                loss, norm = optimizer_step(model, optimizer, batches, recipe, step=step, lr=lr, run=run)
+                loss, entropy, norm = optimizer_step(model, optimizer, batches, recipe, step=step, lr=lr, run=run)
                 run.begun = True
                 tokens += sum(len(b.ids) for b in batches)
                 advice = spikes.check(norm)
@@ -129,6 +129,7 @@ def _train(recipe: Recipe, run: RunDirectory, result: pathlib.Path, command: str
                             "step": step,
                             "epoch": round(todo.epoch, 6),
                             "loss": loss,
+                            "entropy": entropy,
                             "grad_norm": norm,
                             "learning_rate": lr,
                             "num_tokens": tokens,
@@ -172,31 +173,33 @@ def optimizer_step(
     step: int,
     lr: float,
     run: RunDirectory | None = None,
-) -> tuple[float, float]:
-    """Forward and backward over the micro-batches, clip, update. Returns (loss in nats per trained token, gradient norm before
-    clipping). Raises TrainingError, the weights untouched, when either is not finite."""
+) -> tuple[float, float, float]:
+    """Forward and backward over the micro-batches, clip, update. Returns (loss and entropy in nats per trained token, gradient norm
+    before clipping). Raises TrainingError, the weights untouched, when loss or norm is not finite."""
     optimizer.zero_grad()
-    loss = accumulate(model, batches, recipe, step=step, run=run)
+    loss, entropy = accumulate(model, batches, recipe, step=step, run=run)
     norm = optimizer.grad_norm()
     if not math.isfinite(norm):
         raise _not_finite(f"the gradient norm became {norm}", step, batches, run)
     scale = 1.0 if recipe.clip is None or norm <= recipe.clip else recipe.clip / norm
     optimizer.step(lr=lr, grad_scale=scale)
-    return loss, norm
+    return loss, entropy, norm
 
 
 def accumulate(
     model: Any, batches: list[Batch], recipe: Recipe, *, step: int = 1, run: RunDirectory | None = None
-) -> float:
-    """Add the gradients of the mean loss over all trained tokens of `batches`; returns that loss."""
+) -> tuple[float, float]:
+    """Add the gradients of the mean loss over all trained tokens of `batches`; returns loss and mean entropy."""
     count = sum(int((b.targets != -100).sum()) for b in batches)
     if count == 0:
         raise TrainingError(f"step {step}: no token of its rows is trained on: {_listed(batches)}")
-    total = 0.0
+    total = spread = 0.0
     for index, batch in enumerate(batches):
         model.dropout_seed = step_seed(recipe.seed, step, index)
         hidden = model.hidden(batch.ids, batch.cu_seqlens, batch.positions)
-        logprob, _, _ = linear_logprob(hidden, model.head_weight, batch.targets, softcap=model.spec.final_softcap)
+        logprob, _, entropy = linear_logprob(
+            hidden, model.head_weight, batch.targets, softcap=model.spec.final_softcap, entropy=True
+        )
         loss = sft_loss(logprob, count)
         value = loss.item()
         if not math.isfinite(value):
@@ -205,7 +208,8 @@ def accumulate(
             )
         loss.backward()
         total += value
-    return total
+        spread += entropy.detach().sum().item() / count
+    return total, spread
 
 
 @torch.no_grad()

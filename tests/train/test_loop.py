@@ -92,7 +92,7 @@ def test_cut_of_rows_changes_neither_loss_nor_gradients(recipe: MakeRecipe, lora
     def run(cut: list[list[int]], checkpointing: bool = False) -> tuple[float, dict[str, torch.Tensor]]:
         model.zero_grad()
         model.checkpointing = checkpointing
-        loss = accumulate(model, [rows.batch(micro) for micro in cut], r)
+        loss, _ = accumulate(model, [rows.batch(micro) for micro in cut], r)
         return loss, {n: p.grad.clone() for n, p in weights.trainable(model).items() if p.grad is not None}
 
     loss, gradients = run([list(range(8))])
