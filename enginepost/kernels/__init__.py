@@ -1,27 +1,37 @@
-"""Kernel families, one module each: `attention`, `linear_logprob`, `lora`, `norm`, `rope`, `glu`, `adamw`.
+"""Kernel families, one module each: `attention`, `linear_logprob`, `lora`, `norm`, `rope`, `glu`, `adamw`, `matmul`.
+
+    from enginepost import kernels
+    out, lse = kernels.attention(q, k, v, cu_seqlens)     # torch tensors, or anything with __dlpack__: numpy, jax
 
 Every module holds the reference (plain PyTorch, the maths as one reads it), the torch op with its autograd, and the dispatch
-to the native kernels. `enginepost.kernels.backend` says which backend runs.
+to the native kernels. A family's name is its main function and its module in one: `kernels.attention(...)` and
+`kernels.attention.reference(...)` both work, whatever was imported before. `enginepost.kernels.backend` says which backend runs;
+`enginepost kernels` on the command line tests them.
 """
 
 import importlib
 from typing import Any
 
+FAMILIES = ("attention", "linear_logprob", "lora", "norm", "rope", "glu", "adamw", "matmul")
+
 _HOME = {
-    "attention": "attention",
-    "linear_logprob": "linear_logprob",
     "lora_linear": "lora",
+    "LoraPart": "lora",
     "rms_norm": "norm",
     "add_rms_norm": "norm",
-    "rope": "rope",
     "rope_frequencies": "rope",
-    "glu": "glu",
     "adamw_step": "adamw",
     "global_norm": "adamw",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name in FAMILIES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name in _HOME:
         return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *FAMILIES, *_HOME])

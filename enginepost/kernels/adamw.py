@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from enginepost.kernels.arrays import make_callable, takes_arrays, takes_arrays_in_place
 from enginepost.kernels.backend import core, native, to_dlpack
 
 
@@ -35,6 +36,7 @@ def reference_step(
             masters[i].copy_(w)
 
 
+@takes_arrays_in_place
 @torch.no_grad()
 def adamw_step(
     params: Sequence[Tensor], grads: Sequence[Tensor], exp_avg: Sequence[Tensor], exp_avg_sq: Sequence[Tensor], *,
@@ -45,6 +47,14 @@ def adamw_step(
 
     Args: params, grads float32 or bfloat16, contiguous, equal shapes; exp_avg, exp_avg_sq float32; masters: float32 copies that hold
     the exact parameters when params are bfloat16; step counts from 1; grad_scale multiplies every gradient.
+    Raises: ValueError that names the argument at fault. No gradient flows through it.
+
+    Source: Loshchilov and Hutter 2019 (arXiv 1711.05101), algorithm 2.
+
+    >>> p, g, m, v = torch.ones(3), torch.tensor([1.0, -1.0, 0.0]), torch.zeros(3), torch.zeros(3)
+    >>> adamw_step([p], [g], [m], [v], lr=0.1, step=1)
+    >>> [round(x, 4) for x in p.tolist()]
+    [0.9, 1.1, 1.0]
     """
     if native(*params, *grads, *exp_avg, *exp_avg_sq, *(masters or ())):
         c = core()
@@ -61,11 +71,19 @@ def adamw_step(
     )  # fmt: skip
 
 
+@takes_arrays
 @torch.no_grad()
 def global_norm(tensors: Sequence[Tensor]) -> float:
-    """sqrt of the sum of squares over all tensors, accumulated in float64; the same bits at any thread count."""
+    """sqrt of the sum of squares over all tensors (any shape and dtype), accumulated in float64; the same bits at any thread count.
+
+    >>> global_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
+    5.0
+    """
     total = 0.0
     for t in tensors:
         t = t.detach().contiguous()
         total += core().sum_squares(to_dlpack(t.view(-1))) if native(t) else float(t.double().pow(2).sum())
     return math.sqrt(total)
+
+
+make_callable(__name__, adamw_step)

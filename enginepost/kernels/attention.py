@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from enginepost.kernels.arrays import make_callable, takes_arrays
 from enginepost.kernels.backend import core, native, plain, to_dlpack
 
 
@@ -53,6 +54,7 @@ def reference(
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
+@takes_arrays
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None = None,
     seqused_k: Tensor | None = None, *, causal: bool = True, window: int = 0, softcap: float = 0.0,
@@ -71,6 +73,24 @@ def attention(
         through out alone, and are the same bits at any thread count.
 
     Raises: ValueError that names the argument at fault.
+
+    Source: Dao 2023 (FlashAttention-2, arXiv 2307.08691), algorithms 1 and 2.
+
+    Two sequences, of 3 and 2 tokens; the first query of each sees one key, so its result is that key's value:
+
+    >>> q, k, v = (torch.randn(5, heads, 64) for heads in (4, 2, 2))
+    >>> cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32)
+    >>> out, lse = attention(q, k, v, cu_seqlens)
+    >>> out.shape, lse.shape
+    (torch.Size([5, 4, 64]), torch.Size([4, 5]))
+    >>> torch.allclose(out[3, 0], v[3, 0])
+    True
+
+    numpy arrays go in and come out as they are:
+
+    >>> out, lse = attention(q.numpy(), k.numpy(), v.numpy(), cu_seqlens.numpy())
+    >>> type(out).__name__, out.shape
+    ('ndarray', (5, 4, 64))
     """
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
     if not native(q, k, v):
@@ -85,6 +105,7 @@ def attention(
     )  # fmt: skip
 
 
+@takes_arrays
 def attention_qkv(
     qkv: Tensor, heads: int, kv_heads: int, cu_seqlens: Tensor, *, causal: bool = True, window: int = 0,
     softcap: float = 0.0, scale: float | None = None,
@@ -92,7 +113,11 @@ def attention_qkv(
     """Attention of a fused projection: its slices are read where they lie, and the backward pass writes one fused gradient.
 
     Args: qkv `[T, H + 2 Hk, D]`, the heads of q, then k, then v; the rest as in `attention`.
-    Returns: out `[T, H, D]` in qkv's dtype.
+    Returns: out `[T, H, D]` in qkv's dtype. Raises ValueError that names the argument at fault.
+
+    >>> qkv = torch.randn(5, 4 + 2 + 2, 64)
+    >>> attention_qkv(qkv, 4, 2, torch.tensor([0, 3, 5], dtype=torch.int32)).shape
+    torch.Size([5, 4, 64])
     """
     if qkv.dim() != 3 or qkv.shape[1] != heads + 2 * kv_heads:
         raise ValueError(
@@ -247,3 +272,5 @@ def _qkv_grad(ctx, dout: Tensor, _: Tensor) -> tuple:  # type: ignore[no-untyped
 
 _attention_op.register_autograd(_grad, setup_context=_setup)
 _qkv_op.register_autograd(_qkv_grad, setup_context=_qkv_setup)
+
+make_callable(__name__, attention)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from enginepost.kernels.arrays import make_callable, takes_arrays
 from enginepost.kernels.backend import core, native, plain, to_dlpack
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
@@ -22,11 +23,18 @@ def reference(gate_up: Tensor, activation: str = "silu") -> Tensor:
     return (F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none") * up).to(gate_up.dtype)
 
 
+@takes_arrays
 def glu(gate_up: Tensor, activation: str = "silu") -> Tensor:
     """`act(gate) * up`.
 
     Args: gate_up `[..., 2I]` = [gate | up], float32 or bfloat16; activation one of "silu", "gelu_tanh", "gelu".
     Returns: `[..., I]` in gate_up's dtype. Raises ValueError for another activation or an odd width.
+
+    Source: Shazeer 2020, "GLU Variants Improve Transformer" (arXiv 2002.05202), eq. 6.
+
+    >>> gate, up = torch.randn(5, 8), torch.randn(5, 8)
+    >>> torch.allclose(glu(torch.cat([gate, up], dim=-1)), F.silu(gate) * up, atol=1e-6)
+    True
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"glu: activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
@@ -86,3 +94,5 @@ def _grad(ctx, dy: Tensor) -> tuple:  # type: ignore[no-untyped-def]
 
 
 _glu_op.register_autograd(_grad, setup_context=_setup)
+
+make_callable(__name__, glu)

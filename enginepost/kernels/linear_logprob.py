@@ -20,6 +20,7 @@ Sources: Dao et al. 2022 (FlashAttention, arXiv 2205.14135); Wijmans et al. 2024
 import torch
 from torch import Tensor
 
+from enginepost.kernels.arrays import make_callable, takes_arrays
 from enginepost.kernels.backend import core, native, plain, to_dlpack
 
 SKIPPED = -100
@@ -43,6 +44,7 @@ def reference(
     return zero.index_put((rows,), logprob), zero.index_put((rows,), lse), zero.index_put((rows,), spread)
 
 
+@takes_arrays
 def linear_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, softcap: float = 0.0, entropy: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,6 +61,16 @@ def linear_logprob(
         not depend on the other rows or on the thread count, to the last bit; dweight is summed in float32 over rows in their order.
 
     Raises: ValueError that names the argument at fault, and the position and value of a target outside the vocabulary.
+
+    Sources: Dao et al. 2022 (FlashAttention, arXiv 2205.14135); Wijmans et al. 2024 (Cut Your Losses, arXiv 2411.09009).
+
+    >>> hidden, head = torch.randn(3, 8, requires_grad=True), torch.randn(100, 8)
+    >>> logprob, lse, _ = linear_logprob(hidden, head, torch.tensor([7, -100, 99]))
+    >>> torch.allclose(logprob[0], torch.log_softmax(hidden @ head.T, dim=-1)[0, 7], atol=1e-5)
+    True
+    >>> (-logprob.sum()).backward()
+    >>> hidden.grad[1].abs().sum().item()  # the skipped row
+    0.0
     """
     _check(hidden, weight, targets, softcap)
     if not native(hidden, weight):
@@ -187,3 +199,5 @@ def _grad(ctx, dlogprob: Tensor | None, _: Tensor, dentropy: Tensor | None, __: 
 
 
 _op.register_autograd(_grad, setup_context=_setup)
+
+make_callable(__name__, linear_logprob)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from enginepost.kernels.arrays import make_callable, takes_arrays
 from enginepost.kernels.backend import plain
 from enginepost.kernels.matmul import mm
 
@@ -66,6 +67,7 @@ def reference(
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)
 
 
+@takes_arrays
 def lora_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, parts: Sequence[LoraPart] = (), *, dropout: float = 0.0,
     seed: int = 0,
@@ -81,6 +83,14 @@ def lora_linear(
 
     Returns: `[T, out]` in x's dtype. Gradients flow to x and to whichever of weight, bias, A, B, magnitude ask for
     them, each in its own dtype. Raises ValueError that names the argument at fault.
+
+    Sources: Hu et al. 2021 (LoRA, arXiv 2106.09685), eq. 3; Liu et al. 2024 (DoRA, arXiv 2402.09353), eq. 5.
+
+    >>> x, weight = torch.randn(4, 32), torch.randn(48, 32)
+    >>> part = LoraPart(A=torch.randn(8, 32), B=torch.randn(48, 8), scaling=0.5)
+    >>> y = lora_linear(x, weight, parts=[part])
+    >>> torch.allclose(y, x @ weight.T + 0.5 * (x @ part.A.T) @ part.B.T, atol=1e-4)
+    True
     """
     _check(x, weight, bias, parts, dropout)
     if os.environ.get("ENGINEPOST_BACKEND") == "reference":
@@ -319,3 +329,5 @@ def _grad(ctx, dy: Tensor, _: Tensor) -> tuple:  # type: ignore[no-untyped-def]
 
 
 _linear_op.register_autograd(_grad, setup_context=_setup)
+
+make_callable(__name__, lora_linear)

@@ -16,6 +16,7 @@ import platform
 import torch
 from torch import Tensor
 
+from enginepost.kernels.arrays import make_callable
 from enginepost.kernels.backend import core, info, native, to_dlpack
 
 
@@ -50,6 +51,11 @@ def mm(
     Args: a `[M, K]`, b `[K, N]`, a2 `[M, K2]`, b2 `[K2, N]`, each contiguous along one dimension (transposed views are free),
         float32 or bfloat16 in any mix; out `[M, N]` with contiguous rows, float32 or bfloat16; default: new, in a's dtype.
     Returns: out. Rounded once where the native product runs; a float32 sum of two rounded products where torch's does.
+    Raises: ValueError or RuntimeError that names the shapes that do not fit.
+
+    >>> a, b, low, rank = torch.ones(2, 3), torch.ones(3, 4), torch.ones(2, 1), torch.ones(1, 4)
+    >>> mm(a, b, a2=low, b2=rank)[0].tolist()
+    [4.0, 4.0, 4.0, 4.0]
     """
     if out is None:
         assert not accumulate, "accumulate needs out"
@@ -75,3 +81,6 @@ def mm(
     if a2 is not None and b2 is not None:
         out.addmm_(a2, b2)
     return out
+
+
+make_callable(__name__, mm)

@@ -11,6 +11,7 @@ All arithmetic is float32, rounded once on store. Backward, with g = dy * (offse
 import torch
 from torch import Tensor
 
+from enginepost.kernels.arrays import make_callable, takes_arrays
 from enginepost.kernels.backend import core, native, plain, to_dlpack
 
 
@@ -22,11 +23,17 @@ def reference(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> 
     return y.to(x.dtype)
 
 
+@takes_arrays
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
     """RMSNorm over the last dimension.
 
     Args: x `[..., H]` float32 or bfloat16; weight `[H]`, float32 or x's dtype; eps added to the mean square; offset added to weight.
-    Returns: `[..., H]` in x's dtype.
+    Returns: `[..., H]` in x's dtype. Gradients flow to x and weight. Raises ValueError that names the argument at fault.
+
+    Source: Zhang and Sennrich 2019 (arXiv 1910.07467), eq. 4.
+
+    >>> rms_norm(torch.tensor([[3.0, 4.0]]), torch.ones(2), eps=0.0).mul(12.5**0.5).tolist()
+    [[3.0, 4.0]]
     """
     if not native(x, weight):
         return reference(x, weight, eps, offset=offset)
@@ -35,13 +42,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> T
     return torch.ops.enginepost.rms_norm(x, weight, eps, offset)[0]
 
 
+@takes_arrays
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """`h = residual + x; y = rms_norm(h)` in one pass.
 
     Args: x, residual `[..., H]` of one dtype; the rest as in `rms_norm`. The norm reads the rounded h, as two separate ops would.
-    Returns: (y, h), both `[..., H]` in x's dtype.
+    Returns: (y, h), both `[..., H]` in x's dtype. Raises ValueError that names the argument at fault.
+
+    >>> x, residual = torch.randn(2, 3, 16), torch.randn(2, 3, 16)
+    >>> y, h = add_rms_norm(x, residual, torch.ones(16), eps=1e-6)
+    >>> torch.equal(h, residual + x), torch.allclose(y, rms_norm(h, torch.ones(16), eps=1e-6))
+    (True, True)
     """
     if not native(x, residual, weight):
         h = residual + x
@@ -155,3 +168,5 @@ def _add_grad(ctx, dy: Tensor, dh: Tensor, _: Tensor) -> tuple:  # type: ignore[
 
 _rms_norm_op.register_autograd(_grad, setup_context=_setup)
 _add_rms_norm_op.register_autograd(_add_grad, setup_context=_add_setup)
+
+make_callable(__name__, rms_norm)

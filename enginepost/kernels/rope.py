@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from enginepost.kernels.arrays import make_callable, takes_arrays
 from enginepost.kernels.backend import core, native, plain, to_dlpack
 
 
@@ -33,6 +34,10 @@ def rope_frequencies(
 
     Sources: linear, dynamic (NTK): r/LocalLLaMA posts of kaiokendev and bloc97; yarn: arXiv 2309.00071; longrope: arXiv
     2402.13753; llama3: the Llama 3.1 reference code. Raises ValueError for an unknown type or a missing parameter.
+
+    >>> inv_freq, scaling = rope_frequencies(4, 10000.0, {"rope_type": "linear", "factor": 2.0}, max_position=2048)
+    >>> [round(f, 6) for f in inv_freq.tolist()], scaling
+    ([0.5, 0.005], 1.0)
     """
     scaling = scaling or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
@@ -111,13 +116,23 @@ def reference(x: Tensor, cos: Tensor, sin: Tensor, heads: int | None = None) -> 
     return turned if heads == x.shape[1] else torch.cat([turned, x[:, heads:]], dim=1)
 
 
+@takes_arrays
 def rope(x: Tensor, cos: Tensor, sin: Tensor, heads: int | None = None) -> Tensor:
     """Rotate the leading `heads` heads (default all), copy the others.
 
     A fused projection [q | k | v] is rotated in one pass with heads = H + Hk and then split.
 
     Args: x `[T, H, D]` float32 or bfloat16, heads and dims contiguous, tokens at any stride; cos, sin `[T, R/2]` float32, R <= D.
-    Returns: `[T, H, D]` contiguous, in x's dtype.
+    Returns: `[T, H, D]` contiguous, in x's dtype. Raises ValueError that names the argument at fault.
+
+    Source: Su et al. 2021 (RoFormer, arXiv 2104.09864), eq. 34.
+
+    >>> inv_freq, scaling = rope_frequencies(64, 10000.0, max_position=2048)
+    >>> angle = torch.arange(5).unsqueeze(1) * inv_freq
+    >>> x = torch.randn(5, 2, 64)
+    >>> y = rope(x, angle.cos() * scaling, angle.sin() * scaling)
+    >>> torch.equal(y[0], x[0]), torch.allclose(y.norm(dim=-1), x.norm(dim=-1))  # position 0 stays, lengths stay
+    (True, True)
     """
     if not native(x, cos, sin):
         return reference(x, cos, sin, heads)
@@ -158,3 +173,5 @@ def _grad(ctx, dy: Tensor) -> tuple:  # type: ignore[no-untyped-def]
 
 
 _rope_op.register_autograd(_grad, setup_context=_setup)
+
+make_callable(__name__, rope)
