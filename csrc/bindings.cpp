@@ -91,6 +91,10 @@ PYBIND11_MODULE(_core, m) {
     }
     return out;
   });
+  m.def("set_isa", [](const py::object &name) {
+    const std::string chosen = name.is_none() ? "" : name.cast<std::string>();
+    run([&] { return ep_set_cpu_isa(name.is_none() ? nullptr : chosen.c_str()); });
+  });
   m.def("set_num_threads", &ep_set_num_threads);
   static bool openmp = false;
   m.def("use_openmp", [](std::uintptr_t address) {

@@ -1,5 +1,6 @@
 """`enginepost <verb>`: each verb is one call of the library. Imports wait until a verb runs, so that --help is instant."""
 
+import contextlib
 import sys
 from typing import Annotated
 
@@ -111,26 +112,55 @@ def fuse(
     typer.echo(f"wrote {out}; try: enginepost generate {out} --prompt ...")
 
 
-@app.command(epilog=_example("enginepost kernels", "ENGINEPOST_CPU=portable enginepost kernels"))
-def kernels() -> None:
-    """List the kernel families and what runs them here."""
+@app.command(
+    epilog=_example("enginepost kernels", "enginepost kernels --bench", "ENGINEPOST_CPU=portable enginepost kernels")
+)
+def kernels(
+    bench: Annotated[bool, typer.Option("--bench", help="Time every family beside plain PyTorch instead.")] = False,
+) -> None:
+    """List the kernel families and test them against their references, with every instruction set of this machine."""
     import torch
     from rich.console import Console
     from rich.table import Table
 
-    from enginepost.kernels import backend
+    from enginepost.kernels import backend, selftest
 
     info = backend.info()
-    console = Console()
+    console = Console(highlight=False)
     console.print(
         f"backend [bold]{info['backend']}[/bold], instruction set [bold]{info['isa']}[/bold] "
-        f"(built in: {', '.join(info['isas']) or 'none'}), {info['threads']} threads, torch {torch.__version__}",
-        highlight=False,
+        f"(this machine runs: {', '.join(info['isas']) or 'none'}), {info['threads']} threads, torch {torch.__version__}"
     )
-    table = Table("family", "backend", "what it computes", box=None, pad_edge=False)
-    for name, does in _FAMILIES.items():
-        table.add_row(name, info["backend"], does)
+    if not info["native"]:
+        raise EnginepostError("the native extension is not built, so there is nothing to test; `make setup` builds it")
+    if bench:
+        table = Table("family", "dtype", "shape", box=None, pad_edge=False)
+        for column in ("ms", "rate", "", "peer ms", "ratio"):
+            table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
+        table.add_column("peer")
+        with console.status("timing") if console.is_terminal else contextlib.nullcontext():
+            for s in selftest.speeds():
+                table.add_row(
+                    s.family, s.dtype, s.shape, f"{s.milliseconds:.3g}", f"{s.rate:.3g}", s.unit,
+                    f"{s.peer_milliseconds:.3g}", f"{s.ratio:.2f}x", s.peer,
+                )  # fmt: skip
+        Console(highlight=False, width=max(console.width, 150)).print(table)
+        return
+    verdicts = list(selftest.run())
+    table = Table("family", *info["isas"], "what it computes", box=None, pad_edge=False)
+    for family, does in selftest.DOES.items():
+        cells = []
+        for isa in info["isas"]:
+            bad = [v for v in verdicts if (v.family, v.isa) == (family, isa) and not v.passed]
+            cells.append(f"[red]FAILED {', '.join(v.dtype for v in bad)}[/red]" if bad else "[green]ok[/green]")
+        table.add_row(family, *cells, does)
     console.print(table)
+    failed = [v for v in verdicts if not v.passed]
+    if failed:
+        raise EnginepostError(
+            "results differ from the reference: "
+            + "; ".join(f"{v.family} on {v.isa}, {v.dtype}, by {v.error:.2g} of the largest" for v in failed)
+        )
 
 
 @data_app.command(
@@ -186,17 +216,6 @@ def preview(
         overlong=recipe.overlong,
         rows=rows,
     )
-
-
-_FAMILIES = {
-    "attention": "softmax(q k^T) v over packed sequences: causal, GQA, windows, softcap",
-    "linear_logprob": "log-probability of targets from hidden states, without the logits",
-    "lora": "linear layer with low-rank updates, DoRA",
-    "norm": "RMSNorm, with or without the residual add",
-    "rope": "rotary position embedding",
-    "glu": "SwiGLU and GeGLU",
-    "adamw": "AdamW over many tensors, global gradient norm",
-}
 
 
 def main() -> None:

@@ -46,6 +46,8 @@ static Isa best_isa() {
   return Isa::portable;
 }
 
+static std::atomic<int> isa_override{-1};
+
 Isa cpu_isa() {
   static const Isa chosen = [] {
     Isa best = best_isa();
@@ -57,7 +59,8 @@ Isa cpu_isa() {
     }
     return limit < best ? limit : best;
   }();
-  return chosen;
+  const int other = isa_override.load(std::memory_order_relaxed);
+  return other < 0 ? chosen : Isa(other);
 }
 
 static const char *isa_name(Isa isa) {
@@ -274,6 +277,20 @@ const char *ep_cpu_isas(void) {
     return out;
   }();
   return all.c_str();
+}
+
+int ep_set_cpu_isa(const char *name) {
+  if (name == nullptr) {
+    ep::isa_override.store(-1);
+    return EP_OK;
+  }
+  for (int i = int(ep::best_isa()); i >= 0; i--) {
+    if (std::strcmp(name, ep::isa_name(ep::Isa(i))) == 0) {
+      ep::isa_override.store(i);
+      return EP_OK;
+    }
+  }
+  return ep::fail(EP_INVALID_ARGUMENT, "set_cpu_isa: %.40s is not one of %s", name, ep_cpu_isas());
 }
 
 void ep_set_num_threads(int threads) { ep::thread_count.store(threads > 0 ? threads : 0); }

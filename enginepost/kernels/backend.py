@@ -5,8 +5,10 @@ native kernels (read once, when the extension loads). Tensors the native kernels
 reference by themselves.
 """
 
+import contextlib
 import ctypes
 import os
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -63,6 +65,20 @@ def plain(*tensors: torch.Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False
     return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors)
+
+
+@contextlib.contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Run with another of `info()["isas"]`, for the whole process: to test and to compare. ValueError where this CPU lacks it."""
+    from enginepost.kernels.matmul import widening_wins
+
+    core().set_isa(name)
+    widening_wins.cache_clear()
+    try:
+        yield
+    finally:
+        core().set_isa(None)
+        widening_wins.cache_clear()
 
 
 def info() -> dict[str, Any]:

@@ -33,6 +33,8 @@ EP_EXPORT const char *ep_last_error(void);
 EP_EXPORT const char *ep_cpu_isa(void);
 /* All that this build holds and this CPU runs, comma separated, best first. */
 EP_EXPORT const char *ep_cpu_isas(void);
+/* Choose one of ep_cpu_isas() for the whole process, to test or compare; NULL = back to the first choice. Not while kernels run. */
+EP_EXPORT int ep_set_cpu_isa(const char *name);
 
 /* Threads used by CPU kernels (default: all cores). Results do not depend on it. */
 EP_EXPORT void ep_set_num_threads(int threads);
