@@ -9,6 +9,7 @@ from typing import Any
 
 _HOME = {
     "attention": "attention",
+    "paged_attention": "attention",
     "linear_logprob": "linear_logprob",
     "lora_linear": "lora",
     "rms_norm": "norm",
