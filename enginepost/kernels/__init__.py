@@ -11,6 +11,7 @@ _HOME = {
     "attention": "attention",
     "paged_attention": "attention",
     "linear_logprob": "linear_logprob",
+    "linear_kl": "linear_kl",
     "lora_linear": "lora",
     "rms_norm": "norm",
     "add_rms_norm": "norm",
