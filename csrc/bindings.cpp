@@ -129,6 +129,14 @@ PYBIND11_MODULE(_core, m) {
     ep_attention_params p{causal, window, softcap, scale};
     run([&] { return ep_attention_forward(a, b, c, d, e, f, g, h, p, scratch(bytes), nullptr); });
   });
+  m.def("paged_attention", [](O q, O k_cache, O v_cache, O cu_seqlens, O block_table, O seqused_k, O out, O lse, bool causal,
+                              int64_t window, double softcap, double scale) {
+    Arg a(q), b(k_cache), c(v_cache), d(cu_seqlens), e(block_table), f(seqused_k), g(out), h(lse);
+    int64_t bytes = 0;
+    if (a.rank() == 3 && f.rank() == 1) bytes = ep_attention_forward_workspace_bytes(f->shape[0], a->shape[2]);
+    ep_attention_params p{causal, window, softcap, scale};
+    run([&] { return ep_paged_attention(a, b, c, d, e, f, g, h, p, scratch(bytes), nullptr); });
+  });
   m.def("attention_backward", [](O dout, O q, O k, O v, O out, O lse, O cu_seqlens, O cu_seqlens_k, O seqused_k, O dq, O dk, O dv,
                                  bool causal, int64_t window, double softcap, double scale) {
     Arg a(dout), b(q), c(k), d(v), e(out), f(lse), g(cu_seqlens), h(cu_seqlens_k), i(seqused_k), j(dq), l(dk), n(dv);

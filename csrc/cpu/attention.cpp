@@ -42,6 +42,30 @@ static int check_starts(const char *fn, const char *name, const Tensor &t, int64
   return EP_OK;
 }
 
+static int check_params(const char *fn, const ep_attention_params &params) {
+  EP_REQUIRE(params.window >= 0, "%s: window must be 0 (none) or positive, got %lld", fn, (long long)params.window);
+  EP_REQUIRE(params.softcap >= 0, "%s: softcap must be 0 (none) or positive, got %g", fn, params.softcap);
+  EP_REQUIRE(params.scale - params.scale == 0, "%s: scale must be finite, got %g", fn, params.scale);
+  return EP_OK;
+}
+
+// What q, the keys and the results have to do with each other; kv_heads and dim are those of the keys.
+static int check_heads(const char *fn, const Tensor &q, const Tensor &out, const Tensor &lse, const char *keys, const Tensor &k,
+                       int64_t kv_heads, int64_t dim) {
+  const int64_t tokens = q.shape[0], heads = q.shape[1], head_dim = q.shape[2];
+  EP_REQUIRE(head_dim >= 1 && head_dim <= 256, "%s: q has head dimension %lld; 1 to 256 is supported", fn, (long long)head_dim);
+  EP_REQUIRE(k.dtype == q.dtype, "%s: %s must have the dtype of q", fn, keys);
+  EP_REQUIRE(dim == head_dim, "%s: %s must have the head dimension of q, %lld, got %lld", fn, keys, (long long)head_dim,
+             (long long)dim);
+  EP_REQUIRE(kv_heads >= 1 && heads >= 1 && heads % kv_heads == 0, "%s: the %lld heads of q must be a multiple of the %lld of %s",
+             fn, (long long)heads, (long long)kv_heads, keys);
+  if (int status = check_like(fn, "out", out, "q", q)) return status;
+  EP_REQUIRE(lse.contiguous && lse.shape[0] == heads && lse.shape[1] == tokens,
+             "%s: lse must be contiguous with shape (%lld, %lld), got (%lld, %lld)", fn, (long long)heads, (long long)tokens,
+             (long long)lse.shape[0], (long long)lse.shape[1]);
+  return EP_OK;
+}
+
 static HeadRows rows_of(const Tensor &t) { return {t.data, t.stride[0], t.stride[1]}; }
 
 namespace {
@@ -63,17 +87,8 @@ static int check_inputs(const char *fn, Inputs &in, const DLTensor *q, const DLT
   EP_VIEW_OPTIONAL(starts_k, cu_seqlens_k, 1, I32);
   EP_VIEW_OPTIONAL(used, seqused_k, 1, I32);
   const int64_t tokens = in.q.shape[0], heads = in.q.shape[1], head_dim = in.q.shape[2], kv_heads = in.k.shape[1];
-  EP_REQUIRE(head_dim >= 1 && head_dim <= 256, "%s: q has head dimension %lld; 1 to 256 is supported", fn, (long long)head_dim);
-  EP_REQUIRE(in.k.dtype == in.q.dtype, "%s: k must have the dtype of q", fn);
-  EP_REQUIRE(in.k.shape[2] == head_dim, "%s: k must have the head dimension of q, %lld, got %lld", fn, (long long)head_dim,
-             (long long)in.k.shape[2]);
-  EP_REQUIRE(kv_heads >= 1 && heads >= 1 && heads % kv_heads == 0, "%s: the %lld heads of q must be a multiple of the %lld of k",
-             fn, (long long)heads, (long long)kv_heads);
+  if (int status = check_heads(fn, in.q, in.out, in.lse, "k", in.k, kv_heads, in.k.shape[2])) return status;
   if (int status = check_like(fn, "v", in.v, "k", in.k)) return status;
-  if (int status = check_like(fn, "out", in.out, "q", in.q)) return status;
-  EP_REQUIRE(in.lse.contiguous && in.lse.shape[0] == heads && in.lse.shape[1] == tokens,
-             "%s: lse must be contiguous with shape (%lld, %lld), got (%lld, %lld)", fn, (long long)heads, (long long)tokens,
-             (long long)in.lse.shape[0], (long long)in.lse.shape[1]);
   if (int status = check_starts(fn, "cu_seqlens", starts, tokens, "q")) return status;
   if (starts_k) {
     EP_REQUIRE(starts_k.shape[0] == starts.shape[0], "%s: cu_seqlens_k must have as many elements as cu_seqlens, %lld, got %lld",
@@ -94,9 +109,7 @@ static int check_inputs(const char *fn, Inputs &in, const DLTensor *q, const DLT
                  (long long)b, u[b], cu_k[b + 1] - cu_k[b]);
     }
   }
-  EP_REQUIRE(params.window >= 0, "%s: window must be 0 (none) or positive, got %lld", fn, (long long)params.window);
-  EP_REQUIRE(params.softcap >= 0, "%s: softcap must be 0 (none) or positive, got %g", fn, params.softcap);
-  EP_REQUIRE(params.scale - params.scale == 0, "%s: scale must be finite, got %g", fn, params.scale);
+  if (int status = check_params(fn, params)) return status;
   in.shape = {reinterpret_cast<const int32_t *>(starts.data),
               cu_k,
               reinterpret_cast<const int32_t *>(used.data),
@@ -176,6 +189,84 @@ extern "C" int ep_attention_forward(const DLTensor *q, const DLTensor *k, const 
   a.q = rows_of(in.q), a.k = rows_of(in.k), a.v = rows_of(in.v), a.out = rows_of(in.out);
   a.lse = reinterpret_cast<float *>(in.lse.data);
   carve_forward(a, static_cast<char *>(workspace), in.shape.sequences, in.shape.head_dim);
+  EP_RUN(attention_forward, a);
+  return EP_OK;
+}
+
+// Every page that a key of a sequence lies in must be one of the cache.
+static int check_pages(const char *fn, const AttentionShape &s, int64_t pages) {
+  for (int64_t b = 0; b < s.sequences; b++) {
+    EP_REQUIRE(s.used_k[b] >= 0 && s.used_k[b] <= s.max_blocks * s.page_size,
+               "%s: seqused_k[%lld] = %d, but a row of block_table holds %lld pages of %lld keys", fn, (long long)b, s.used_k[b],
+               (long long)s.max_blocks, (long long)s.page_size);
+    const int32_t *page = s.block_table + b * s.table_row;
+    for (int64_t i = 0; i < blocks_of(s.used_k[b], s.page_size); i++) {
+      EP_REQUIRE(page[i] >= 0 && page[i] < pages, "%s: block_table[%lld][%lld] = %d is not one of the %lld pages of k_cache", fn,
+                 (long long)b, (long long)i, page[i], (long long)pages);
+    }
+  }
+  return EP_OK;
+}
+
+extern "C" int ep_paged_attention(const DLTensor *q, const DLTensor *k_cache, const DLTensor *v_cache, const DLTensor *cu_seqlens,
+                                  const DLTensor *block_table, const DLTensor *seqused_k, const DLTensor *out, const DLTensor *lse,
+                                  ep_attention_params params, void *workspace, void *) {
+  const char *fn = "paged_attention";
+  EP_VIEW(qv, q, 3, FLOATS);
+  EP_VIEW(kv, k_cache, 4, FLOATS);
+  EP_VIEW(vv, v_cache, 4, FLOATS);
+  EP_VIEW(outv, out, 3, FLOATS);
+  EP_VIEW(lsev, lse, 2, F32);
+  EP_VIEW_OPTIONAL(starts, cu_seqlens, 1, I32);
+  EP_VIEW(table, block_table, 2, I32);
+  EP_VIEW(used, seqused_k, 1, I32);
+  const int64_t tokens = qv.shape[0], sequences = used.shape[0], page_size = kv.shape[1];
+  if (int status = check_heads(fn, qv, outv, lsev, "k_cache", kv, kv.shape[2], kv.shape[3])) return status;
+  if (int status = check_output(fn, "out", outv)) return status;
+  EP_REQUIRE(page_size >= 1, "%s: a page of k_cache must hold at least one key", fn);
+  EP_REQUIRE(vv.dtype == kv.dtype, "%s: v_cache must have the dtype of k_cache", fn);
+  for (int i = 0; i < 4; i++) {
+    EP_REQUIRE(vv.shape[i] == kv.shape[i], "%s: dimension %d of v_cache must be that of k_cache, %lld, got %lld", fn, i,
+               (long long)kv.shape[i], (long long)vv.shape[i]);
+  }
+  EP_REQUIRE(used.contiguous, "%s: seqused_k must be contiguous", fn);
+  EP_REQUIRE(table.shape[0] == sequences, "%s: block_table must have a row for each of the %lld sequences of seqused_k, got %lld",
+             fn, (long long)sequences, (long long)table.shape[0]);
+  if (starts) {
+    EP_REQUIRE(starts.shape[0] == sequences + 1, "%s: cu_seqlens must have %lld elements, got %lld", fn, (long long)(sequences + 1),
+               (long long)starts.shape[0]);
+    if (int status = check_starts(fn, "cu_seqlens", starts, tokens, "q")) return status;
+  } else {
+    EP_REQUIRE(tokens == sequences, "%s: q has %lld rows and seqused_k %lld; give cu_seqlens where they differ", fn,
+               (long long)tokens, (long long)sequences);
+  }
+  if (int status = check_params(fn, params)) return status;
+  AttentionForward a;
+  a.shape = {reinterpret_cast<const int32_t *>(starts.data),
+             nullptr,
+             reinterpret_cast<const int32_t *>(used.data),
+             sequences,
+             tokens,
+             qv.shape[1],
+             kv.shape[2],
+             qv.shape[2],
+             params.window,
+             float(params.softcap),
+             float(params.scale),
+             params.causal != 0,
+             qv.dtype == BF16,
+             page_size,
+             reinterpret_cast<const int32_t *>(table.data),
+             table.stride[0],
+             table.shape[1]};
+  if (int status = check_pages(fn, a.shape, kv.shape[0])) return status;
+  if (outv.size == 0) return EP_OK;
+  if (int status = check_workspace(fn, workspace)) return status;
+  a.q = rows_of(qv), a.out = rows_of(outv);
+  a.k = {kv.data, kv.stride[1], kv.stride[2], kv.stride[0]};
+  a.v = {vv.data, vv.stride[1], vv.stride[2], vv.stride[0]};
+  a.lse = reinterpret_cast<float *>(lsev.data);
+  carve_forward(a, static_cast<char *>(workspace), sequences, qv.shape[2]);
   EP_RUN(attention_forward, a);
   return EP_OK;
 }

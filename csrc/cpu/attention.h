@@ -12,14 +12,18 @@ namespace ep {
 struct HeadRows {  // (tokens, heads, head_dim), strides in elements
   char *data;
   int64_t token, head;
+  int64_t page = 0;  // from page to page of a paged cache (pages, page_size, heads, head_dim)
 };
 
 struct AttentionShape {
-  const int32_t *cu_q, *cu_k, *used_k;  // (S + 1), (S + 1), (S) or null
+  const int32_t *cu_q, *cu_k, *used_k;  // (S + 1) or null = one query each, (S + 1) or null with pages, (S) or null
   int64_t sequences, tokens, heads, kv_heads, head_dim;
   int64_t window;  // 0 = unlimited
   float softcap, scale;
   bool causal, bf16;
+  int64_t page_size = 0;                 // keys of a page; 0 = no pages, keys are one stream
+  const int32_t *block_table = nullptr;  // (S, max_blocks), rows table_row apart: which pages hold the keys of a sequence
+  int64_t table_row = 0, max_blocks = 0;
 };
 
 struct AttentionForward {
@@ -59,11 +63,27 @@ static inline int64_t backward_scratch(int64_t head_dim) {
 }
 
 struct Sequence {
-  int64_t q0, queries, k0, keys;
+  int64_t q0, queries, k0, keys;  // k0 only without pages
+  int64_t page_size;
+  const int32_t *pages;
 };
 
 static inline Sequence sequence_of(const AttentionShape &s, int64_t b) {
-  return {s.cu_q[b], s.cu_q[b + 1] - s.cu_q[b], s.cu_k[b], s.used_k != nullptr ? s.used_k[b] : s.cu_k[b + 1] - s.cu_k[b]};
+  Sequence seq;
+  seq.q0 = s.cu_q != nullptr ? s.cu_q[b] : b;
+  seq.queries = s.cu_q != nullptr ? s.cu_q[b + 1] - s.cu_q[b] : 1;
+  seq.k0 = s.page_size > 0 ? 0 : s.cu_k[b];
+  seq.keys = s.used_k != nullptr ? s.used_k[b] : s.cu_k[b + 1] - s.cu_k[b];
+  seq.pages = s.page_size > 0 ? s.block_table + b * s.table_row : nullptr;
+  seq.page_size = s.page_size;
+  return seq;
+}
+
+// Keys [j, k1) that lie at one stride from key j on: to the end of its page.
+static inline int64_t run_of_keys(const Sequence &seq, int64_t j, int64_t k1) {
+  if (seq.page_size == 0) return k1 - j;
+  const int64_t in_page = seq.page_size - j % seq.page_size;
+  return in_page < k1 - j ? in_page : k1 - j;
 }
 
 struct Span {  // keys [begin, end); both ends grow with the query token, and end <= begin where nothing is seen

@@ -6,6 +6,9 @@
 // key are skipped.
 //
 // A sequence with few rows (generation: one query, many keys) is bound by the reading of K and V, so it does not pack at all.
+//
+// Keys and values may lie in pages (Kwon et al. 2023, PagedAttention, arXiv 2309.06180): both ways of reading then go from page to
+// page and do the same arithmetic, to the last bit.
 #include "attention_tile.h"
 #include "parallel.h"
 
@@ -173,7 +176,10 @@ static void few_rows(const AttentionForward &a, const ForwardScratch &w, const S
   const int64_t first_key = visible(s, seq, r0 / group).begin, last_key = visible(s, seq, (r0 + R - 1) / group).end;
   for (int64_t k0 = first_key; k0 < last_key; k0 += FORWARD_KEYS) {
     const int64_t k1 = least(k0 + FORWARD_KEYS, last_key), width = round_up(k1 - k0, N);
-    few_scores<R>(w.q, w.ld, key_row<T>(a.k, seq, kv_head, k0), a.k.token, k1 - k0, s.head_dim, w.scores);
+    for (int64_t j = k0, run; j < k1; j += run) {
+      run = run_of_keys(seq, j, k1);
+      few_scores<R>(w.q, w.ld, key_row<T>(a.k, seq, kv_head, j), a.k.token, run, s.head_dim, w.scores + (j - k0));
+    }
     for (int i = 0; i < R; i++) {
       const Span span = visible(s, seq, (r0 + i) / group);
       float *scores = w.scores + i * SCORES;
@@ -182,7 +188,10 @@ static void few_rows(const AttentionForward &a, const ForwardScratch &w, const S
           softmax_row(scores, 0, width, most(span.begin - k0, 0), least(span.end, k1) - k0, s.softcap, w.row_max[i], w.row_sum[i]);
       if (rescale != 1.f) scale_row(w.out + i * w.ld, w.ld, rescale);
     }
-    few_values<R>(w.scores, key_row<T>(a.v, seq, kv_head, k0), a.v.token, k1 - k0, s.head_dim, w.out, w.ld);
+    for (int64_t j = k0, run; j < k1; j += run) {
+      run = run_of_keys(seq, j, k1);
+      few_values<R>(w.scores + (j - k0), key_row<T>(a.v, seq, kv_head, j), a.v.token, run, s.head_dim, w.out, w.ld);
+    }
   }
   for (int i = 0; i < R; i++) write_row<T>(a, seq, kv_head, r0 + i, w.out + i * w.ld, w.row_max[i], w.row_sum[i]);
 }

@@ -35,7 +35,19 @@ static inline T *stacked_row(const HeadRows &x, const Sequence &seq, int64_t kv_
 
 template <class T>
 static inline const T *key_row(const HeadRows &x, const Sequence &seq, int64_t kv_head, int64_t j) {
-  return reinterpret_cast<const T *>(x.data) + (seq.k0 + j) * x.token + kv_head * x.head;
+  const T *head = reinterpret_cast<const T *>(x.data) + kv_head * x.head;
+  if (seq.page_size == 0) return head + (seq.k0 + j) * x.token;
+  return head + seq.pages[j / seq.page_size] * x.page + j % seq.page_size * x.token;
+}
+
+// lines[j - k0] = key j of [k0, k1).
+template <class T>
+static inline void key_rows(const HeadRows &x, const Sequence &seq, int64_t kv_head, int64_t k0, int64_t k1, const T **lines) {
+  for (int64_t run; k0 < k1; k0 += run) {
+    run = run_of_keys(seq, k0, k1);
+    const T *first = key_row<T>(x, seq, kv_head, k0);
+    for (int64_t i = 0; i < run; i++) *lines++ = first + i * x.token;
+  }
 }
 
 // Rows [r0, r1) of the stack as panels (D, MR), times `scale`.
@@ -56,8 +68,10 @@ template <class T>
 static inline void pack_key_panels(const HeadRows &x, const Sequence &seq, int64_t head_dim, int64_t kv_head, int64_t k0,
                                    int64_t k1, float *panels) {
   for (; k0 < k1; k0 += NR, panels += head_dim * NR) {
-    const T *first = key_row<T>(x, seq, kv_head, k0);
-    pack_columns<NR>([&](int i) { return first + i * x.token; }, int(least(NR, k1 - k0)), head_dim, 1.f, panels);
+    const int64_t end = least(k0 + NR, k1);
+    const T *lines[NR];
+    key_rows(x, seq, kv_head, k0, end, lines);
+    pack_columns<NR>([&](int i) { return lines[i]; }, int(end - k0), head_dim, 1.f, panels);
   }
 }
 
@@ -65,8 +79,11 @@ static inline void pack_key_panels(const HeadRows &x, const Sequence &seq, int64
 template <class T>
 static inline void pack_key_rows(const HeadRows &x, const Sequence &seq, int64_t head_dim, int64_t kv_head, int64_t k0, int64_t k1,
                                  int64_t ld, float *out) {
-  const T *first = key_row<T>(x, seq, kv_head, k0);
-  pack_rows([&](int64_t i) { return first + i * x.token; }, k1 - k0, head_dim, ld, out);
+  for (int64_t run; k0 < k1; k0 += run, out += run * ld) {
+    run = run_of_keys(seq, k0, k1);
+    const T *first = key_row<T>(x, seq, kv_head, k0);
+    pack_rows([&](int64_t i) { return first + i * x.token; }, run, head_dim, ld, out);
+  }
 }
 
 // tile (MR, SCORES), columns [c0, c1) = a panel (D, MR)^T times panels (D, NR); c0 and c1 are multiples of NR.

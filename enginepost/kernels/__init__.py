@@ -12,9 +12,10 @@ to the native kernels. A family's name is its main function and its module in on
 import importlib
 from typing import Any
 
-FAMILIES = ("attention", "linear_logprob", "lora", "norm", "rope", "glu", "adamw", "matmul")
+FAMILIES = ("attention", "linear_logprob", "linear_kl", "lora", "norm", "rope", "glu", "adamw", "matmul")
 
 _HOME = {
+    "paged_attention": "attention",
     "lora_linear": "lora",
     "LoraPart": "lora",
     "rms_norm": "norm",

@@ -5,7 +5,10 @@
 
 Sequence b's queries are rows cu_seqlens[b] .. cu_seqlens[b+1], its keys start at row cu_seqlens_k[b]. Query i of Tq sees key j of
 Tk when `j <= i + Tk - Tq` (causal) and `j > i + Tk - Tq - window` (window > 0): both are aligned to the bottom right corner.
-Sources: Dao 2023 (FlashAttention-2, arXiv 2307.08691), algorithms 1 and 2; softcap: Gemma 2 report, section 2.
+`paged_attention` is the same for running sequences, whose keys lie in pages of a cache: key j of sequence b is row j % page of page
+block_table[b, j // page].
+Sources: Dao 2023 (FlashAttention-2, arXiv 2307.08691), algorithms 1 and 2; softcap: Gemma 2 report, section 2; pages: Kwon et al.
+2023 (PagedAttention, arXiv 2309.06180).
 """
 
 import math
@@ -132,6 +135,99 @@ def attention_qkv(
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
         return _forward(q, k, v, cu_seqlens, None, None, causal, window, softcap, scale)[0]
     return torch.ops.enginepost.attention_qkv(qkv, heads, kv_heads, cu_seqlens, causal, window, softcap, scale)[0]
+
+
+def paged_reference(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seqused_k: Tensor, cu_seqlens: Tensor | None = None,
+    *, causal: bool = True, window: int = 0, softcap: float = 0.0, scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`paged_attention` in plain PyTorch: the keys of every sequence gathered from their pages, then `reference`."""
+    page = k_cache.shape[1]
+    lengths = seqused_k.tolist()
+    rows = [block_table[b, : -(-n // page)].long() for b, n in enumerate(lengths)]
+    k, v = (torch.cat([x[:0].flatten(0, 1), *(x[r].flatten(0, 1)[:n] for r, n in zip(rows, lengths, strict=True))])
+            for x in (k_cache, v_cache))  # fmt: skip
+    cu_seqlens_k = torch.tensor([0, *lengths]).cumsum(0)
+    cu_seqlens = torch.arange(len(lengths) + 1) if cu_seqlens is None else cu_seqlens
+    return reference(q, k, v, cu_seqlens, cu_seqlens_k, causal=causal, window=window, softcap=softcap, scale=scale)
+
+
+def paged_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seqused_k: Tensor, cu_seqlens: Tensor | None = None,
+    *, causal: bool = True, window: int = 0, softcap: float = 0.0, scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of running sequences over a paged cache: one query each, or the last few of each (a continuation).
+
+    Args:
+        q: `[T, H, D]`; k_cache, v_cache: `[pages, page, Hk, D]`, H a multiple of Hk, D <= 256, any page size; float32 or bfloat16, D
+            contiguous, any other stride. The new tokens' keys and values are in the cache already.
+        block_table: int32 `[S, max_blocks]`, the page that holds keys i * page to (i + 1) * page of each sequence; entries beyond
+            seqused_k are not read. Sequences may share pages.
+        seqused_k: int32 `[S]`, keys of each sequence.
+        cu_seqlens: int32 `[S+1]`, where each sequence's queries begin; default one query each, T = S.
+        causal, window, softcap, scale: see the module's formulas; window 0 = unlimited, scale default 1/sqrt(D).
+
+    Returns:
+        (out `[T, H, D]` in q's dtype, lse `[H, T]` float32), the same bits as `attention` on gathered keys, at any thread count.
+
+    Raises: ValueError that names the argument at fault, or says that a gradient was asked: a cache has none.
+
+    >>> import torch
+    >>> from enginepost.kernels.attention import paged_attention
+    >>> cache = torch.randn(2, 8, 16, 2, 64)  # keys and values: 8 pages of 16 tokens, 2 heads
+    >>> table = torch.tensor([[5, 0], [3, 7]], dtype=torch.int32)
+    >>> out, lse = paged_attention(torch.randn(2, 4, 64), *cache, table, torch.tensor([20, 9], dtype=torch.int32))
+    >>> out.shape, lse.shape
+    (torch.Size([2, 4, 64]), torch.Size([4, 2]))
+    """
+    if not plain(q, k_cache, v_cache) and any(x.requires_grad for x in (q, k_cache, v_cache)):
+        raise ValueError("paged_attention has no gradient: call it under torch.no_grad(), or use attention")
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if not native(q, k_cache, v_cache):
+        return paged_reference(
+            q,
+            k_cache,
+            v_cache,
+            block_table,
+            seqused_k,
+            cu_seqlens,
+            causal=causal,
+            window=window,
+            softcap=softcap,
+            scale=scale,
+        )
+    call = _paged if plain(q, k_cache, v_cache) else torch.ops.enginepost.paged_attention
+    return call(q, k_cache, v_cache, block_table, seqused_k, cu_seqlens, causal, window, softcap, scale)
+
+
+def _paged(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seqused_k: Tensor, cu_seqlens: Tensor | None,
+    causal: bool, window: int, softcap: float, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if q.dim() != 3:
+        raise ValueError(f"paged_attention: q must have shape [T, H, D], got {list(q.shape)}")
+    out, lse = _empty_results(q)
+    core().paged_attention(
+        to_dlpack(_rows(q)), to_dlpack(k_cache), to_dlpack(v_cache), _optional(cu_seqlens), to_dlpack(block_table),
+        to_dlpack(seqused_k), to_dlpack(out), to_dlpack(lse), causal, window, softcap, scale,
+    )  # fmt: skip
+    return out, lse
+
+
+@torch.library.custom_op("enginepost::paged_attention", mutates_args=())
+def _paged_op(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seqused_k: Tensor, cu_seqlens: Tensor | None,
+    causal: bool, window: int, softcap: float, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _paged(q, k_cache, v_cache, block_table, seqused_k, cu_seqlens, causal, window, softcap, scale)
+
+
+@_paged_op.register_fake
+def _(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seqused_k: Tensor, cu_seqlens: Tensor | None,
+    causal: bool, window: int, softcap: float, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _empty_results(q)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -32,6 +32,16 @@ EP_EXPORT int ep_attention_forward(const DLTensor *q, const DLTensor *k, const D
                                    const DLTensor *lse, ep_attention_params params, void *workspace, void *stream);
 EP_EXPORT int64_t ep_attention_forward_workspace_bytes(int64_t sequences, int64_t head_dim);
 
+/* The same for queries of running sequences whose keys lie in pages of a cache. q (T, H, D), k_cache and v_cache
+ * (num_pages, page_size, Hk, D), D contiguous, any other stride -> out (T, H, D), lse (H, T) float32.
+ * cu_seqlens (S + 1) int32: where each sequence's queries begin; NULL = one query each, T = S. block_table (S, max_blocks) int32,
+ * rows at any stride: key j of sequence b is row j % page_size of page block_table[b][j / page_size]. seqused_k (S) int32: keys of
+ * each sequence, its new ones included; entries of block_table beyond them are not read. The workspace is
+ * ep_attention_forward_workspace_bytes. */
+EP_EXPORT int ep_paged_attention(const DLTensor *q, const DLTensor *k_cache, const DLTensor *v_cache, const DLTensor *cu_seqlens,
+                                 const DLTensor *block_table, const DLTensor *seqused_k, const DLTensor *out, const DLTensor *lse,
+                                 ep_attention_params params, void *workspace, void *stream);
+
 /* The gradients of q, k and v from that of out; the same bits at any thread count. Keys beyond seqused_k get gradient 0. */
 EP_EXPORT int ep_attention_backward(const DLTensor *dout, const DLTensor *q, const DLTensor *k, const DLTensor *v,
                                     const DLTensor *out, const DLTensor *lse, const DLTensor *cu_seqlens,
