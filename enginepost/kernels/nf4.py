@@ -224,7 +224,11 @@ def dequantize(weight: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
     """The weight as numbers: its shape, in `dtype` (float32, bfloat16 or float16; default: the dtype it was quantised from)."""
     dtype = dtype or weight.dtype
     wide = torch.float32 if dtype == torch.float16 else dtype
-    if not native(weight.nested_absmax) or weight.packed.device.type != "cpu" or wide not in (torch.float32, torch.bfloat16):
+    if (
+        not native(weight.nested_absmax)
+        or weight.packed.device.type != "cpu"
+        or wide not in (torch.float32, torch.bfloat16)
+    ):
         return reference_dequantize(weight, dtype)
     out = torch.empty(weight.shape, dtype=wide)
     core().nf4_dequantize(*weight.arguments(), to_dlpack(out.view(-1)))
@@ -280,8 +284,8 @@ def nf4_mm(
 ) -> Tensor:  # fmt: skip
     """`out = a weight^T + a2 b2`, or `a weight + a2 b2` when `transposed`; added to out when `accumulate`. No autograd.
 
-    Args: a `[M, in]` (or `[M, out]`), a2 `[M, r]`, b2 `[r, columns of out]`, out with contiguous rows: float32 or bfloat16 in any mix;
-        weight: a matrix `[out, in]`. The weight is decoded in panels, or element by element below 16 rows; never as a whole.
+    Args: a `[M, in]` (or `[M, out]`), a2 `[M, r]`, b2 `[r, columns of out]`, out with contiguous rows: float32 or bfloat16 in
+        any mix; weight: a matrix `[out, in]`. The weight is decoded in panels, or element by element below 16 rows; never as a whole.
     """
     if native(a, out, a2, b2, weight.nested_absmax) and weight.packed.device.type == "cpu":
         core().nf4_matmul(
