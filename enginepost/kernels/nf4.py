@@ -285,7 +285,8 @@ def nf4_mm(
     """`out = a weight^T + a2 b2`, or `a weight + a2 b2` when `transposed`; added to out when `accumulate`. No autograd.
 
     Args: a `[M, in]` (or `[M, out]`), a2 `[M, r]`, b2 `[r, columns of out]`, out with contiguous rows: float32 or bfloat16 in
-        any mix; weight: a matrix `[out, in]`. The weight is decoded in panels, or element by element below 16 rows; never as a whole.
+        any mix; weight: a matrix `[out, in]`. It is decoded in panels, or element by element below
+        16 rows; never as a whole.
     """
     if native(a, out, a2, b2, weight.nested_absmax) and weight.packed.device.type == "cpu":
         core().nf4_matmul(
@@ -299,3 +300,21 @@ def nf4_mm(
     if a2 is not None and b2 is not None:
         product += a2.to(wide) @ b2.to(wide)
     return out.add_(product) if accumulate else out.copy_(product)
+
+
+def row_squares(weight: NF4Weight) -> Tensor:
+    """float32 `[out]`: the squared length of each row of a matrix, decoded a few rows at a time."""
+    rows, columns = weight.shape
+    whole = weight.blocksize // math.gcd(weight.blocksize, columns) * 2  # rows that fill blocks, and bytes
+    step = max(1, (1 << 20) // max(1, columns * whole)) * whole
+    scales = weight.scales()
+    out = torch.empty(rows, dtype=torch.float32)
+    for row in range(0, rows, step):
+        stop = min(rows, row + step)
+        first, last = row * columns, stop * columns
+        part = NF4Weight(
+            weight.packed[first // 2 : (last + 1) // 2], scales[first // weight.blocksize : -(-last // weight.blocksize)],
+            (stop - row, columns), weight.blocksize, weight.quant_type, torch.float32,
+        )  # fmt: skip
+        out[row:stop] = dequantize(part).square_().sum(1)
+    return out
