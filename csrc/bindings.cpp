@@ -214,6 +214,12 @@ PYBIND11_MODULE(_core, m) {
     ep_adamw_params p{lr, beta1, beta2, eps, weight_decay, step, grad_scale};
     run([&] { return ep_adamw_step(a, b, c, d, e, p, nullptr); });
   });
+  m.def("adamw8_step", [](O param, O grad, O exp_avg, O exp_avg_sq, O exp_avg_scale, O exp_avg_sq_scale, O master, double lr,
+                          double beta1, double beta2, double eps, double weight_decay, int64_t step, double grad_scale) {
+    Arg a(param), b(grad), c(exp_avg), d(exp_avg_sq), e(exp_avg_scale), f(exp_avg_sq_scale), g(master);
+    ep_adamw_params p{lr, beta1, beta2, eps, weight_decay, step, grad_scale};
+    run([&] { return ep_adamw8_step(a, b, c, d, e, f, g, p, nullptr); });
+  });
   m.def("sum_squares", [](O x) {
     Arg a(x);
     double result = 0;

@@ -37,6 +37,11 @@ static inline int nearest(const DynamicCode &c, float x) {
 
 #if defined(__AVX512F__)
 typedef __m512i Bytes;  // one byte in each 32-bit lane
+// x where its sign bit is clear, the smaller of x and limit where it is set.
+static inline V lower_negative(V x, V limit) {
+  return {_mm512_mask_min_ps(x.v, _mm512_movepi32_mask(_mm512_castps_si512(x.v)), x.v, limit.v)};
+}
+static inline V magnitude(V x) { return {_mm512_abs_ps(x.v)}; }
 static inline Bytes load_bytes(const uint8_t *p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p)));
 }
@@ -55,6 +60,8 @@ static inline Bytes nearest(const DynamicCode &c, V x) {
 }
 #elif defined(__AVX2__)
 typedef __m256i Bytes;
+static inline V lower_negative(V x, V limit) { return {_mm256_blendv_ps(x.v, _mm256_min_ps(x.v, limit.v), x.v)}; }
+static inline V magnitude(V x) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.f), x.v)}; }
 static inline Bytes load_bytes(const uint8_t *p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p)));
 }
@@ -80,6 +87,14 @@ static inline Bytes nearest(const DynamicCode &c, V x) {
 struct Bytes {
   uint8_t b[N];
 };
+static inline V lower_negative(V x, V limit) {
+  for (int i = 0; i < N; i++) x.v[i] = std::signbit(x.v[i]) && limit.v[i] < x.v[i] ? limit.v[i] : x.v[i];
+  return x;
+}
+static inline V magnitude(V x) {
+  for (int i = 0; i < N; i++) x.v[i] = std::fabs(x.v[i]);
+  return x;
+}
 static inline Bytes load_bytes(const uint8_t *p) {
   Bytes out;
   std::memcpy(out.b, p, N);

@@ -28,7 +28,8 @@ struct Nf4Dequantize {
   char *out;
   bool bf16;
 };
-constexpr int64_t TASK = 1 << 16;  // elements; a multiple of every block size
+constexpr int64_t TASK = 1 << 16;          // elements; a multiple of every block size
+constexpr int64_t STREAM_BYTES = 8 << 20;  // results from this size on are written past the caches
 }  // namespace ep
 
 EP_KERNEL(nf4_quantize, Nf4Quantize)
@@ -153,13 +154,21 @@ static void quantize(const Nf4Quantize &a) {
 
 void nf4_quantize(const Nf4Quantize &a) { a.bf16 ? quantize<bf16>(a) : quantize<float>(a); }
 
-void nf4_dequantize(const Nf4Dequantize &a) {
+template <class T>
+static void dequantize(const Nf4Dequantize &a) {
+  T *out = reinterpret_cast<T *>(a.out);
+  const bool stream = a.w.size * int64_t(sizeof(T)) >= STREAM_BYTES && reinterpret_cast<uintptr_t>(out) % 64 == 0;
   parallel_for((a.w.size + TASK - 1) / TASK, [&](int64_t task, int) {
     const int64_t from = task * TASK, count = a.w.size - from < TASK ? a.w.size - from : TASK;
-    a.bf16 ? decode(a.w, from, count, reinterpret_cast<bf16 *>(a.out) + from)
-           : decode(a.w, from, count, reinterpret_cast<float *>(a.out) + from);
+    if (!stream) return decode(a.w, from, count, out + from);
+    decode<T, true>(a.w, from, count, out + from);
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
   });
 }
+
+void nf4_dequantize(const Nf4Dequantize &a) { a.bf16 ? dequantize<bf16>(a) : dequantize<float>(a); }
 
 }  // namespace EP_ISA
 }  // namespace ep

@@ -56,14 +56,27 @@ static inline __m256i nibbles32(const uint8_t *packed) {
 }
 #endif
 
+#if defined(__AVX2__)
+// STREAM: past the caches, to memory that is aligned and will not be read soon.
+template <bool STREAM>
+static inline void write(void *out, __m256i bits) {
+  STREAM ? _mm256_stream_si256(static_cast<__m256i *>(out), bits) : _mm256_storeu_si256(static_cast<__m256i *>(out), bits);
+}
+#endif
 #if defined(__AVX512F__)
+template <bool STREAM>
+static inline void write(void *out, __m512i bits) {
+  STREAM ? _mm512_stream_si512(static_cast<__m512i *>(out), bits) : _mm512_storeu_si512(out, bits);
+}
+
 template <>
 struct Lut<float> {
   static constexpr int RUN = 16;
   V table;
   Lut(const float *code, float scale) : table(load(code) * set1(scale)) {}
+  template <bool STREAM>
   void decode(const uint8_t *packed, float *out) const {
-    _mm512_storeu_ps(out, _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(nibbles16(packed)), table.v));
+    write<STREAM>(out, _mm512_castps_si512(_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(nibbles16(packed)), table.v)));
   }
 };
 template <>
@@ -71,8 +84,9 @@ struct Lut<bf16> {
   static constexpr int RUN = 32;
   __m512i table;
   Lut(const float *code, float scale) : table(_mm512_broadcast_i64x4(narrow(load(code) * set1(scale)))) {}
+  template <bool STREAM>
   void decode(const uint8_t *packed, bf16 *out) const {
-    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(nibbles32(packed)), table));
+    write<STREAM>(out, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(nibbles32(packed)), table));
   }
 };
 #elif defined(__AVX2__)
@@ -81,12 +95,14 @@ struct Lut<float> {
   static constexpr int RUN = 16;
   V low, high;
   Lut(const float *code, float scale) : low(load(code) * set1(scale)), high(load(code + 8) * set1(scale)) {}
+  template <bool STREAM>
   void decode(const uint8_t *packed, float *out) const {
     const __m128i c = nibbles16(packed);
     for (int i = 0; i < 2; i++) {
       const __m256i at = _mm256_cvtepu8_epi32(i ? _mm_srli_si128(c, 8) : c);
       const __m256 a = _mm256_permutevar8x32_ps(low.v, at), b = _mm256_permutevar8x32_ps(high.v, at);
-      _mm256_storeu_ps(out + i * 8, _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32(at, 28))));
+      const __m256 value = _mm256_blendv_ps(a, b, _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)));
+      write<STREAM>(out + i * 8, _mm256_castps_si256(value));
     }
   }
 };
@@ -100,11 +116,12 @@ struct Lut<bf16> {
     low = _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_and_si128(a, mask), _mm_and_si128(b, mask)));
     high = _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8)));
   }
+  template <bool STREAM>
   void decode(const uint8_t *packed, bf16 *out) const {
     const __m256i c = _mm256_permute4x64_epi64(nibbles32(packed), 0xd8);  // so that the unpacking below keeps the order
     const __m256i l = _mm256_shuffle_epi8(low, c), h = _mm256_shuffle_epi8(high, c);
-    _mm256_storeu_si256(reinterpret_cast<__m256i *>(out), _mm256_unpacklo_epi8(l, h));
-    _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + 16), _mm256_unpackhi_epi8(l, h));
+    write<STREAM>(out, _mm256_unpacklo_epi8(l, h));
+    write<STREAM>(out + 16, _mm256_unpackhi_epi8(l, h));
   }
 };
 #else
@@ -115,6 +132,7 @@ struct Lut {
   Lut(const float *code, float scale) {
     for (int i = 0; i < 16; i++) from_float(code[i] * scale, table + i);
   }
+  template <bool>
   void decode(const uint8_t *packed, T *out) const {
     out[0] = table[*packed >> 4];
     out[1] = table[*packed & 15];
@@ -156,8 +174,8 @@ static inline float magnitude(const T *x, int64_t count) {
   return m;
 }
 
-// out = elements [start, start + count) of the flat tensor.
-template <class T>
+// out = elements [start, start + count) of the flat tensor. STREAM: out is 64-byte aligned and start begins a block.
+template <class T, bool STREAM = false>
 static inline void decode(const Nf4 &w, int64_t start, int64_t count, T *out) {
   while (count > 0) {
     const int64_t block = start >> w.shift, end = (block + 1) << w.shift;
@@ -173,7 +191,7 @@ static inline void decode(const Nf4 &w, int64_t start, int64_t count, T *out) {
     constexpr int RUN = Lut<T>::RUN;
     if (run >= RUN) {
       const Lut<T> lut(w.code, scale);
-      for (; run >= RUN; run -= RUN, p += RUN / 2, out += RUN) lut.decode(p, out);
+      for (; run >= RUN; run -= RUN, p += RUN / 2, out += RUN) lut.template decode<STREAM>(p, out);
     }
     for (; run >= 2; run -= 2, p++, out += 2) {
       from_float(w.code[*p >> 4] * scale, out);

@@ -19,6 +19,7 @@ _HOME = {
     "adamw_step": "adamw",
     "global_norm": "adamw",
     "NF4Weight": "nf4",
+    "Moment8": "adamw",
 }
 
 

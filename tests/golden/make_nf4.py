@@ -3,7 +3,8 @@
 nf4.safetensors: for each case its input `x`, and what bitsandbytes makes of it: packed, absmax and the dequantised numbers; the
 nested state by bitsandbytes' default backend (its CPU library looks 8-bit codes up in a coarse table; see kernels/nf4.py).
 bnb/: a tiny Llama as transformers writes it (source.safetensors) and as it writes it quantised (model.safetensors, config.json),
-and the numbers its layers have then (dequantized.safetensors). Needs torch 2.13, bitsandbytes 0.50.2, transformers 5.24, accelerate.
+and the numbers its layers have then (*.dequantized.safetensors).
+adamw8.safetensors: eight steps of bitsandbytes' AdamW8bit. Needs torch 2.13, bitsandbytes 0.50.2, transformers 5.24, accelerate.
 """
 
 import json
@@ -11,6 +12,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import bitsandbytes
 import bitsandbytes.functional as bnb
 import torch
 from safetensors.torch import load_file, save_file
@@ -92,6 +94,21 @@ def checkpoint() -> None:
             print(len(load_file(out / name / "model.safetensors")), "tensors")
 
 
+def adamw8() -> None:
+    """bitsandbytes' AdamW8bit on its CPU library, eight steps."""
+    torch.manual_seed(0)
+    start, gradients = torch.randn(4096), torch.randn(8, 4096) * torch.rand(4096) ** 3
+    parameter = torch.nn.Parameter(start.clone())
+    optimizer = bitsandbytes.optim.AdamW8bit([parameter], lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+    tensors = {"start": start, "gradients": gradients}
+    for g in gradients:
+        parameter.grad = g.clone()
+        optimizer.step()
+        tensors.setdefault("first", parameter.detach().clone())
+    save_file(tensors | {"end": parameter.detach().clone()}, HERE / "adamw8.safetensors")
+
+
 if __name__ == "__main__":
+    adamw8()
     formats()
     checkpoint()
