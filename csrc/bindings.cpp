@@ -1,5 +1,6 @@
 // The only C++ file that knows Python: DLPack capsules in, exceptions out.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <cstdlib>
@@ -14,6 +15,7 @@
 #include "enginepost/glu.h"
 #include "enginepost/linear_logprob.h"
 #include "enginepost/matmul.h"
+#include "enginepost/nf4.h"
 #include "enginepost/norm.h"
 #include "enginepost/rope.h"
 
@@ -185,11 +187,50 @@ PYBIND11_MODULE(_core, m) {
     run([&] { return ep_matmul(x, y, x2, y2, z, accumulate, scratch(bytes), nullptr); });
   });
 
+  m.def("nf4_quantize", [](O x, O packed, O absmax, int64_t blocksize, int type) {
+    Arg a(x), b(packed), c(absmax);
+    run([&] { return ep_nf4_quantize(a, b, c, blocksize, type, nullptr); });
+  });
+  m.def("nf4_dequantize",
+        [](O packed, O absmax, O nested_absmax, O nested_code, double offset, int64_t blocksize, int type, O out) {
+          Arg a(packed), b(absmax), c(nested_absmax), d(nested_code), e(out);
+          ep_nf4_tensor w{a, b, c, d, offset, blocksize, type};
+          run([&] { return ep_nf4_dequantize(w, e, nullptr); });
+        });
+  m.def("nf4_matmul", [](O a, O packed, O absmax, O nested_absmax, O nested_code, double offset, int64_t blocksize, int type,
+                         int64_t n, int64_t k, bool transposed, O a2, O b2, O c, bool accumulate) {
+    Arg x(a), p(packed), s(absmax), t(nested_absmax), u(nested_code), x2(a2), y2(b2), z(c);
+    ep_nf4_tensor w{p, s, t, u, offset, blocksize, type};
+    int64_t bytes = 0;
+    if (z.rank() == 2 && n >= 0 && k >= 0) {
+      bytes = ep_nf4_matmul_workspace_bytes(z->shape[0], n, k, transposed, y2.rank() == 2 ? y2->shape[0] : 0);
+    }
+    run([&] { return ep_nf4_matmul(x, w, n, k, transposed, x2, y2, z, accumulate, scratch(bytes), nullptr); });
+  });
+  m.def("dynamic_code", [](bool is_signed) {
+    const float *code = ep_dynamic_code(is_signed);
+    return std::vector<float>(code, code + 256);
+  });
+  m.def("blockwise8_quantize", [](O x, O q, O absmax, int64_t blocksize, bool is_signed) {
+    Arg a(x), b(q), c(absmax);
+    run([&] { return ep_blockwise8_quantize(a, b, c, blocksize, is_signed, nullptr); });
+  });
+  m.def("blockwise8_dequantize", [](O q, O absmax, O code, O out, int64_t blocksize, double offset) {
+    Arg a(q), b(absmax), c(code), d(out);
+    run([&] { return ep_blockwise8_dequantize(a, b, c, d, blocksize, offset, nullptr); });
+  });
+
   m.def("adamw_step", [](O param, O grad, O exp_avg, O exp_avg_sq, O master, double lr, double beta1, double beta2, double eps,
                          double weight_decay, int64_t step, double grad_scale) {
     Arg a(param), b(grad), c(exp_avg), d(exp_avg_sq), e(master);
     ep_adamw_params p{lr, beta1, beta2, eps, weight_decay, step, grad_scale};
     run([&] { return ep_adamw_step(a, b, c, d, e, p, nullptr); });
+  });
+  m.def("adamw8_step", [](O param, O grad, O exp_avg, O exp_avg_sq, O exp_avg_scale, O exp_avg_sq_scale, O master, double lr,
+                          double beta1, double beta2, double eps, double weight_decay, int64_t step, double grad_scale) {
+    Arg a(param), b(grad), c(exp_avg), d(exp_avg_sq), e(exp_avg_scale), f(exp_avg_sq_scale), g(master);
+    ep_adamw_params p{lr, beta1, beta2, eps, weight_decay, step, grad_scale};
+    run([&] { return ep_adamw8_step(a, b, c, d, e, f, g, p, nullptr); });
   });
   m.def("sum_squares", [](O x) {
     Arg a(x);

@@ -113,6 +113,37 @@ def fuse(
 
 
 @app.command(
+    epilog=_example(
+        "enginepost quantize models/SmolLM2-135M models/SmolLM2-135M-4bit",
+        "enginepost quantize MODEL OUT --double --skip down_proj",
+    )
+)
+def quantize(
+    model: Annotated[str, typer.Argument(help="A Hugging Face model directory.")],
+    out: Annotated[str, typer.Argument(help="The directory to write.")],
+    type: Annotated[str, typer.Option(help="nf4 or fp4.")] = "nf4",
+    double: Annotated[
+        bool, typer.Option("--double", help="Quantise the scales too: 4.13 bits instead of 4.5.")
+    ] = False,
+    blocksize: Annotated[int, typer.Option(help="Weights per scale: a power of two, 32 to 4096.")] = 64,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="A module to leave as it is, such as down_proj; give it again for more.")
+    ] = None,
+) -> None:
+    """Write the model with its linear layers in 4 bits, as bitsandbytes stores them, one tensor at a time."""
+    from enginepost.checkpoint import quantize
+
+    try:
+        report = quantize(model, out, quant_type=type, double=double, blocksize=blocksize, skip=skip or ())
+    except ValueError as error:
+        raise EnginepostError(str(error)) from None
+    typer.echo(
+        f"wrote {out}: {report.quantized} of {report.tensors} tensors in 4 bits, {report.nbytes / 1e6:.1f} MB -> "
+        f"{report.quantized_nbytes / 1e6:.1f} MB; try: enginepost generate {out} --prompt ..."
+    )
+
+
+@app.command(
     epilog=_example("enginepost kernels", "enginepost kernels --bench", "ENGINEPOST_CPU=portable enginepost kernels")
 )
 def kernels(

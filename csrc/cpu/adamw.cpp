@@ -1,10 +1,15 @@
 // AdamW, one fused pass over parameter, gradient and both moments (float32), and the float64 sum of squares for the global norm.
 //   g' = scale g;  m += (1 - b1)(g' - m);  v += (1 - b2)(g'^2 - v);  p = p (1 - lr wd) - (lr / c1) m / (sqrt(v / c2) + eps)
 // with c1 = 1 - b1^t, c2 = 1 - b2^t. Work is cut into BLOCK elements whatever the thread count.
+//
+// With moments in 8 bits the same update runs on 256 elements at a time, decoded into registers and kept in float32 on the stack
+// until the largest of each moment is known. Neither a negative m nor a positive v becomes the code of zero: the sign is what m
+// says, and m over a lost v would be a leap.
 #include "enginepost/adamw.h"
 
 #include <cmath>
 
+#include "dynamic_code.h"
 #include "isa.h"
 #include "parallel.h"
 #include "simd.h"
@@ -19,17 +24,24 @@ struct AdamW {
   float keep1, take1, keep2, take2, eps, decay, step_size, inv_c2, scale;  // keep = beta, take = 1 - beta
   bool param_bf16, grad_bf16;
 };
+struct AdamW8 {
+  AdamW step;  // m and v unused
+  uint8_t *m, *v;
+  float *m_scale, *v_scale;
+  const DynamicCode *m_code, *v_code;
+};
 struct SumSquares {
   const char *x;
   int64_t size;
   bool bf16;
   double *partial;  // one per block
 };
-constexpr int64_t BLOCK = 16384;
+constexpr int64_t BLOCK = 16384, GROUP = 256;  // elements of a task, and of a scale
 static inline int64_t blocks(int64_t size) { return (size + BLOCK - 1) / BLOCK; }
 }  // namespace ep
 
 EP_KERNEL(adamw_step, AdamW)
+EP_KERNEL(adamw8_step, AdamW8)
 EP_KERNEL(sum_squares, SumSquares)
 
 #ifndef EP_API
@@ -63,6 +75,102 @@ static void step(const AdamW &a) {
 void adamw_step(const AdamW &a) {
   if (a.param_bf16) return a.grad_bf16 ? step<bf16, bf16>(a) : step<bf16, float>(a);
   return a.grad_bf16 ? step<float, bf16>(a) : step<float, float>(a);
+}
+
+// One group of `count` elements from element `from` on. Elements beyond the count are decoded as zero and stay so.
+template <class P, class G>
+static inline void group(const AdamW8 &a, const AdamW &s, int64_t from, int64_t count) {
+  P *param = reinterpret_cast<P *>(s.param) + from;
+  const G *grad = reinterpret_cast<const G *>(s.grad) + from;
+  float *master = s.master == nullptr ? nullptr : s.master + from;
+  const int64_t index = from / GROUP;
+  alignas(64) float m[GROUP], v[GROUP], g[GROUP];
+  alignas(64) uint8_t codes[2][GROUP] = {};
+  uint8_t *mc = a.m + from, *vc = a.v + from;
+  if (count < GROUP) {
+    std::memcpy(codes[0], mc, size_t(count));
+    std::memcpy(codes[1], vc, size_t(count));
+    mc = codes[0], vc = codes[1];
+  }
+  const V scale = set1(s.scale), keep1 = set1(s.keep1), keep2 = set1(s.keep2), take1 = set1(s.take1), take2 = set1(s.take2),
+          inv_c2 = set1(s.inv_c2), eps = set1(s.eps), decay = set1(s.decay), step_size = set1(s.step_size),
+          m_scale = set1(a.m_scale[index]), v_scale = set1(a.v_scale[index]);
+  V odd = zero();  // NaN as soon as a gradient is not finite
+  for (int64_t i = count / N * N; i < GROUP; i++) g[i] = 0.f;
+  each(count, [&](int64_t i, int n) {
+    const V x = get(grad + i, n) * scale;
+    put(g + i, x, n);
+    odd = fma(x, zero(), odd);
+  });
+  bool skipped[GROUP] = {};
+  const float sum_odd = sum(odd);
+  if (sum_odd != sum_odd) {
+    for (int64_t i = 0; i < count; i++) skipped[i] = !(g[i] - g[i] == 0.f);
+  }
+  V m_most = zero(), v_most = zero();
+  for (int64_t i = 0; i < GROUP; i += N) {
+    const V x = load(g + i);
+    const V mi = fma(keep1, pick(a.m_code->value, load_bytes(mc + i)) * m_scale, take1 * x);
+    const V vi = fma(keep2, pick(a.v_code->value, load_bytes(vc + i)) * v_scale, take2 * x * x);
+    store(m + i, mi);
+    store(v + i, vi);
+  }
+  if (sum_odd != sum_odd) {
+    for (int64_t i = 0; i < count; i++) {
+      if (skipped[i]) m[i] = v[i] = 0.f;
+    }
+  }
+  for (int64_t i = count; i < GROUP; i++) m[i] = v[i] = 0.f;
+  for (int64_t i = 0; i < GROUP; i += N) {
+    m_most = max(magnitude(load(m + i)), m_most);
+    v_most = max(load(v + i), v_most);
+  }
+  if (sum_odd != sum_odd) {
+    for (int64_t i = 0; i < count; i++) {
+      if (skipped[i]) continue;
+      const float old = master == nullptr ? to_float(param[i]) : master[i];
+      const float p = old * s.decay - s.step_size * (m[i] / (std::sqrt(v[i] * s.inv_c2) + s.eps));
+      if (master != nullptr) master[i] = p;
+      from_float(p, param + i);
+    }
+  } else {
+    each(count, [&](int64_t i, int n) {
+      const V old = master == nullptr ? get(param + i, n) : get(master + i, n);
+      const V p = old * decay - step_size * (load(m + i) / (sqrt(load(v + i) * inv_c2) + eps));
+      if (master != nullptr) put(master + i, p, n);
+      put(param + i, p, n);
+    });
+  }
+  const float most[2] = {max(m_most), max(v_most)};
+  a.m_scale[index] = most[0], a.v_scale[index] = most[1];
+  const V m_factor = set1(1.f / (most[0] < 1e-38f ? 1e-38f : most[0])),
+          v_factor = set1(1.f / (most[1] < 1e-38f ? 1e-38f : most[1]));
+  const V below_zero = set1(a.m_code->value[126]), above_zero = set1(a.v_code->value[1]), huge = set1(1e30f);
+  for (int64_t i = 0; i < GROUP; i += N) {
+    store_bytes(mc + i, nearest(*a.m_code, lower_negative(load(m + i) * m_factor, below_zero)));
+    const V x = load(v + i) * v_factor;
+    store_bytes(vc + i, nearest(*a.v_code, max(x, min(x * huge, above_zero))));
+  }
+  if (count < GROUP) {
+    std::memcpy(a.m + from, mc, size_t(count));
+    std::memcpy(a.v + from, vc, size_t(count));
+  }
+}
+
+template <class P, class G>
+static void step8(const AdamW8 &a) {
+  parallel_for(blocks(a.step.size), [&](int64_t task, int) {
+    const int64_t end = a.step.size - task * BLOCK < BLOCK ? a.step.size : (task + 1) * BLOCK;
+    for (int64_t from = task * BLOCK; from < end; from += GROUP) {
+      group<P, G>(a, a.step, from, end - from < GROUP ? end - from : GROUP);
+    }
+  });
+}
+
+void adamw8_step(const AdamW8 &a) {
+  const AdamW &s = a.step;
+  if (s.param_bf16) return s.grad_bf16 ? step8<bf16, bf16>(a) : step8<bf16, float>(a);
+  return s.grad_bf16 ? step8<float, bf16>(a) : step8<float, float>(a);
 }
 
 // Squares are summed in float32 over 256 elements at most, then in float64.
@@ -99,6 +207,31 @@ void sum_squares(const SumSquares &a) {
 
 using namespace ep;
 
+// What both kinds of step take from their arguments.
+static int fill(AdamW &a, const Tensor &pv, const Tensor &gv, const Tensor &wv, const ep_adamw_params &params, const char *fn) {
+  EP_REQUIRE(params.step >= 1, "%s: step counts from 1, got %lld", fn, (long long)params.step);
+  EP_REQUIRE(params.beta1 >= 0 && params.beta1 < 1 && params.beta2 >= 0 && params.beta2 < 1, "%s: betas must be in [0, 1)", fn);
+  const double c1 = 1 - std::pow(params.beta1, double(params.step)), c2 = 1 - std::pow(params.beta2, double(params.step));
+  a = AdamW{pv.data,
+            gv.data,
+            nullptr,
+            nullptr,
+            reinterpret_cast<float *>(wv.data),
+            pv.size,
+            float(params.beta1),
+            float(1 - params.beta1),
+            float(params.beta2),
+            float(1 - params.beta2),
+            float(params.eps),
+            float(1 - params.lr * params.weight_decay),
+            float(params.lr / c1),
+            float(1 / c2),
+            float(params.grad_scale),
+            pv.dtype == BF16,
+            gv.dtype == BF16};
+  return EP_OK;
+}
+
 extern "C" int ep_adamw_step(const DLTensor *param, const DLTensor *grad, const DLTensor *exp_avg, const DLTensor *exp_avg_sq,
                              const DLTensor *master, ep_adamw_params params, void *) {
   const char *fn = "adamw_step";
@@ -111,28 +244,38 @@ extern "C" int ep_adamw_step(const DLTensor *param, const DLTensor *grad, const 
   EP_REQUIRE(gv.size == size && mv.size == size && vv.size == size && (master == nullptr || wv.size == size),
              "%s: param has %lld elements, grad %lld, exp_avg %lld, exp_avg_sq %lld; all must be equal", fn, (long long)size,
              (long long)gv.size, (long long)mv.size, (long long)vv.size);
-  EP_REQUIRE(params.step >= 1, "%s: step counts from 1, got %lld", fn, (long long)params.step);
-  EP_REQUIRE(params.beta1 >= 0 && params.beta1 < 1 && params.beta2 >= 0 && params.beta2 < 1, "%s: betas must be in [0, 1)", fn);
-  if (size == 0) return EP_OK;
-  const double c1 = 1 - std::pow(params.beta1, double(params.step)), c2 = 1 - std::pow(params.beta2, double(params.step));
-  AdamW args{pv.data,
-             gv.data,
-             reinterpret_cast<float *>(mv.data),
-             reinterpret_cast<float *>(vv.data),
-             reinterpret_cast<float *>(wv.data),
-             size,
-             float(params.beta1),
-             float(1 - params.beta1),
-             float(params.beta2),
-             float(1 - params.beta2),
-             float(params.eps),
-             float(1 - params.lr * params.weight_decay),
-             float(params.lr / c1),
-             float(1 / c2),
-             float(params.grad_scale),
-             pv.dtype == BF16,
-             gv.dtype == BF16};
+  AdamW args;
+  const int status = fill(args, pv, gv, wv, params, fn);
+  if (status != EP_OK || size == 0) return status;
+  args.m = reinterpret_cast<float *>(mv.data), args.v = reinterpret_cast<float *>(vv.data);
   EP_RUN(adamw_step, args);
+  return EP_OK;
+}
+
+extern "C" int ep_adamw8_step(const DLTensor *param, const DLTensor *grad, const DLTensor *exp_avg, const DLTensor *exp_avg_sq,
+                              const DLTensor *exp_avg_scale, const DLTensor *exp_avg_sq_scale, const DLTensor *master,
+                              ep_adamw_params params, void *) {
+  const char *fn = "adamw8_step";
+  EP_VIEW(pv, param, 1, FLOATS);
+  EP_VIEW(gv, grad, 1, FLOATS);
+  EP_VIEW(mv, exp_avg, 1, U8);
+  EP_VIEW(vv, exp_avg_sq, 1, U8);
+  EP_VIEW(ms, exp_avg_scale, 1, F32);
+  EP_VIEW(vs, exp_avg_sq_scale, 1, F32);
+  EP_VIEW_OPTIONAL(wv, master, 1, F32);
+  const int64_t size = pv.size, groups = (size + GROUP - 1) / GROUP;
+  EP_REQUIRE(gv.size == size && mv.size == size && vv.size == size && (master == nullptr || wv.size == size),
+             "%s: param has %lld elements, grad %lld, exp_avg %lld, exp_avg_sq %lld; all must be equal", fn, (long long)size,
+             (long long)gv.size, (long long)mv.size, (long long)vv.size);
+  EP_REQUIRE(ms.size == groups && vs.size == groups, "%s: %lld elements take %lld scales, got %lld and %lld", fn, (long long)size,
+             (long long)groups, (long long)ms.size, (long long)vs.size);
+  AdamW8 args{};
+  const int status = fill(args.step, pv, gv, wv, params, fn);
+  if (status != EP_OK || size == 0) return status;
+  args.m = reinterpret_cast<uint8_t *>(mv.data), args.v = reinterpret_cast<uint8_t *>(vv.data);
+  args.m_scale = reinterpret_cast<float *>(ms.data), args.v_scale = reinterpret_cast<float *>(vs.data);
+  args.m_code = &dynamic_code(true), args.v_code = &dynamic_code(false);
+  EP_RUN(adamw8_step, args);
   return EP_OK;
 }
 

@@ -15,10 +15,16 @@
 // Every element is summed in an order that depends on k alone, by one thread, so results depend neither on the blocking nor on the
 // thread count. Runs of up to DEPTH products are summed on their own and then added up, which keeps the rounding error of a long
 // sum down.
+//
+// A weight in 4 bits (b alone) is decoded where bfloat16 would be widened: in the copy into panels, so that no more of it than a
+// block is ever held as numbers.
 #include "enginepost/matmul.h"
 
+#include "enginepost/nf4.h"
 #include "gemm.h"
 #include "isa.h"
+#include "nf4_matvec.h"
+#include "nf4_tile.h"
 #include "parallel.h"
 #include "tensor.h"
 
@@ -28,6 +34,7 @@ struct MatrixView {
   const char *data;
   int64_t row, col;  // strides in elements
   bool bf16;
+  const Nf4 *quantized;  // a weight in 4 bits instead of data, or NULL
 };
 
 struct Matmul {
@@ -83,6 +90,25 @@ static void pack_panel(const T *source, int64_t line_stride, int64_t k_stride, i
   }
 }
 
+// The same for a weight in 4 bits: lines are its rows (line_stride > 1), decoded a stretch at a time, or its columns.
+template <int WIDTH>
+static void pack_panel(const Nf4 &w, int64_t first, int64_t line_stride, int64_t k_stride, int count, int64_t k, float *panel) {
+  constexpr int64_t STRETCH = 128;
+  alignas(64) float rows[WIDTH][STRETCH];
+  if (k_stride == 1) {
+    for (int64_t p = 0; p < k; p += STRETCH) {
+      const int64_t steps = k - p < STRETCH ? k - p : STRETCH;
+      for (int i = 0; i < count; i++) decode(w, (first + i) * line_stride + p, steps, rows[i]);
+      pack_columns<WIDTH>([&](int i) { return rows[i]; }, count, steps, 1.f, panel + p * WIDTH);
+    }
+    return;
+  }
+  for (int64_t p = 0; p < k; p++, panel += WIDTH) {
+    decode(w, p * k_stride + first, count, panel);
+    for (int i = count; i < WIDTH; i++) panel[i] = 0.f;
+  }
+}
+
 // Packs line panel `index` of both inputs of one side, one after the other along k.
 template <int WIDTH>
 static void pack(const MatrixView *inputs, bool rows, const int64_t *depth, int64_t first, int64_t end, float *panel) {
@@ -91,7 +117,9 @@ static void pack(const MatrixView *inputs, bool rows, const int64_t *depth, int6
     const MatrixView &v = inputs[part];
     const int64_t line = rows ? v.row : v.col, step = rows ? v.col : v.row;
     if (depth[part] == 0) continue;
-    if (v.bf16) {
+    if (WIDTH == NR && v.quantized != nullptr) {
+      pack_panel<NR>(*v.quantized, first, line, step, count, depth[part], panel);
+    } else if (v.bf16) {
       pack_panel<WIDTH>(reinterpret_cast<const bf16 *>(v.data) + first * line, line, step, count, depth[part], panel);
     } else {
       pack_panel<WIDTH>(reinterpret_cast<const float *>(v.data) + first * line, line, step, count, depth[part], panel);
@@ -189,6 +217,7 @@ static inline void few_columns(const Matmul &g, const float *x, const int64_t *p
 }
 
 static bool few_rows(const Matmul &g) {
+  if (g.b[0].quantized != nullptr) return false;
   for (int part = 0; part < 2; part++) {
     if (g.depth[part] > 0 && (g.a[part].col != 1 || g.b[part].row != 1)) return false;
   }
@@ -268,13 +297,82 @@ extern "C" int ep_matmul(const DLTensor *a, const DLTensor *b, const DLTensor *a
     EP_REQUIRE(av[i].shape[0] == g.m && bv[i].shape[1] == g.n && av[i].shape[1] == bv[i].shape[0],
                "%s: (%lld, %lld) times (%lld, %lld) does not make c (%lld, %lld)", fn, (long long)av[i].shape[0],
                (long long)av[i].shape[1], (long long)bv[i].shape[0], (long long)bv[i].shape[1], (long long)g.m, (long long)g.n);
-    g.a[i] = {av[i].data, av[i].stride[0], av[i].stride[1], av[i].dtype == BF16};
-    g.b[i] = {bv[i].data, bv[i].stride[0], bv[i].stride[1], bv[i].dtype == BF16};
+    g.a[i] = {av[i].data, av[i].stride[0], av[i].stride[1], av[i].dtype == BF16, nullptr};
+    g.b[i] = {bv[i].data, bv[i].stride[0], bv[i].stride[1], bv[i].dtype == BF16, nullptr};
     g.depth[i] = av[i].shape[1];
   }
   if (cv.size == 0) return EP_OK;
   EP_REQUIRE(cv.stride[0] >= g.n || g.m == 1, "%s: rows of c overlap", fn);
   EP_REQUIRE(workspace != nullptr && reinterpret_cast<uintptr_t>(workspace) % 64 == 0, "%s: workspace must be 64-byte aligned", fn);
+  g.c = cv.data, g.c_row = cv.stride[0], g.c_bf16 = cv.dtype == BF16, g.accumulate = accumulate != 0;
+  g.workspace = static_cast<float *>(workspace);
+  EP_RUN(matmul, g);
+  return EP_OK;
+}
+
+// Rows that the fused kernel takes; from 16 on, decoding into panels is worth its while.
+static bool fused(int64_t m, int64_t k, int transposed) { return m < FEW_ROWS && k % 64 == 0 && !transposed; }
+
+extern "C" int64_t ep_nf4_matmul_workspace_bytes(int64_t m, int64_t n, int64_t k, int transposed, int64_t k2) {
+  if (fused(m, k, transposed)) return m * (k + (k2 + 15) / 16 * 16) * 4;
+  return ep_matmul_workspace_bytes(m, transposed ? k : n, (transposed ? n : k) + k2);
+}
+
+extern "C" int ep_nf4_matmul(const DLTensor *a, ep_nf4_tensor weight, int64_t n, int64_t k, int transposed, const DLTensor *a2,
+                             const DLTensor *b2, const DLTensor *c, int accumulate, void *workspace, void *) {
+  const char *fn = "nf4_matmul";
+  Tensor av[2], bv;
+  Nf4 w;
+  EP_VIEW(cv, c, 2, FLOATS);
+  EP_REQUIRE(n >= 0 && k >= 0 && (k == 0 || n < (int64_t(1) << 56) / k), "%s: weight (%lld, %lld) is an impossible shape", fn,
+             (long long)n, (long long)k);
+  const int status = nf4_view(w, weight, n * k, fn);
+  if (status != EP_OK) return status;
+  if (!strided(av[0], a, fn, "a")) return EP_INVALID_ARGUMENT;
+  EP_REQUIRE((a2 == nullptr) == (b2 == nullptr), "%s: a2 and b2 come together", fn);
+  if (a2 != nullptr && (!strided(av[1], a2, fn, "a2") || !strided(bv, b2, fn, "b2"))) return EP_INVALID_ARGUMENT;
+  const int64_t m = cv.shape[0], columns = transposed ? k : n, depth = transposed ? n : k, depth2 = av[1].shape[1];
+  EP_REQUIRE(av[0].shape[0] == m && av[0].shape[1] == depth && cv.shape[1] == columns,
+             "%s: a (%lld, %lld) and a weight (%lld, %lld)%s do not make c (%lld, %lld)", fn, (long long)av[0].shape[0],
+             (long long)av[0].shape[1], (long long)n, (long long)k, transposed ? ", transposed," : "", (long long)m,
+             (long long)cv.shape[1]);
+  EP_REQUIRE(a2 == nullptr || (av[1].shape[0] == m && bv.shape[1] == columns && bv.shape[0] == depth2),
+             "%s: a2 (%lld, %lld) and b2 (%lld, %lld) do not make c (%lld, %lld)", fn, (long long)av[1].shape[0], (long long)depth2,
+             (long long)bv.shape[0], (long long)bv.shape[1], (long long)m, (long long)columns);
+  if (cv.size == 0) return EP_OK;
+  EP_REQUIRE(cv.stride[0] >= columns || m == 1, "%s: rows of c overlap", fn);
+  EP_REQUIRE(workspace != nullptr && reinterpret_cast<uintptr_t>(workspace) % 64 == 0, "%s: workspace must be 64-byte aligned", fn);
+  if (fused(m, k, transposed) && av[0].stride[1] == 1) {
+    Nf4Few f{w,
+             m,
+             n,
+             k,
+             av[0].data,
+             av[0].stride[0],
+             av[0].dtype == BF16,
+             av[1].data,
+             bv.data,
+             depth2,
+             av[1].stride[0],
+             av[1].stride[1],
+             bv.stride[0],
+             bv.stride[1],
+             av[1].dtype == BF16,
+             bv.dtype == BF16,
+             cv.data,
+             cv.stride[0],
+             cv.dtype == BF16,
+             accumulate != 0,
+             static_cast<float *>(workspace)};
+    EP_RUN(nf4_few, f);
+    return EP_OK;
+  }
+  Matmul g{};
+  g.m = m, g.n = columns, g.depth[0] = depth, g.depth[1] = depth2;
+  g.a[0] = {av[0].data, av[0].stride[0], av[0].stride[1], av[0].dtype == BF16, nullptr};
+  g.a[1] = {av[1].data, av[1].stride[0], av[1].stride[1], av[1].dtype == BF16, nullptr};
+  g.b[0] = {nullptr, transposed ? k : 1, transposed ? 1 : k, false, &w};
+  g.b[1] = {bv.data, bv.stride[0], bv.stride[1], bv.dtype == BF16, nullptr};
   g.c = cv.data, g.c_row = cv.stride[0], g.c_bf16 = cv.dtype == BF16, g.accumulate = accumulate != 0;
   g.workspace = static_cast<float *>(workspace);
   EP_RUN(matmul, g);

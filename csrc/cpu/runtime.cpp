@@ -195,13 +195,14 @@ static unsigned dtype_bit(DLDataType t) {
   if (t.code == kDLBfloat && t.bits == 16) return BF16;
   if (t.code == kDLInt && t.bits == 32) return I32;
   if (t.code == kDLInt && t.bits == 64) return I64;
+  if (t.code == kDLUInt && t.bits == 8) return U8;
   return 0;
 }
 
 static std::string dtype_names(unsigned mask) {
   std::string out;
-  const char *names[] = {"float32", "bfloat16", "int32", "int64"};
-  for (int i = 0; i < 4; i++) {
+  const char *names[] = {"float32", "bfloat16", "int32", "int64", "uint8"};
+  for (int i = 0; i < 5; i++) {
     if (mask & (1u << i)) out += (out.empty() ? "" : " or ") + std::string(names[i]);
   }
   return out;
@@ -254,7 +255,7 @@ bool view(Tensor &out, const DLTensor *t, const char *fn, const char *name, int 
   }
   out.data = static_cast<char *>(t->data) + t->byte_offset;
   if (out.size > 0 && t->data == nullptr) return fail(EP_INVALID_ARGUMENT, "%s: %s has no data", fn, name), false;
-  uintptr_t align = bit == I64 ? 8 : bit == BF16 ? 2 : 4;
+  uintptr_t align = bit == I64 ? 8 : bit == BF16 ? 2 : bit == U8 ? 1 : 4;
   if (out.size > 0 && reinterpret_cast<uintptr_t>(out.data) % align) {
     return fail(EP_INVALID_ARGUMENT, "%s: the data of %s is not aligned to its element size", fn, name), false;
   }

@@ -7,7 +7,7 @@
 
 namespace ep {
 
-enum Dtype : unsigned { F32 = 1, BF16 = 2, I32 = 4, I64 = 8 };
+enum Dtype : unsigned { F32 = 1, BF16 = 2, I32 = 4, I64 = 8, U8 = 16 };
 constexpr unsigned FLOATS = F32 | BF16;
 
 struct Tensor {

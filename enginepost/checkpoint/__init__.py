@@ -1,7 +1,9 @@
-"""Checkpoints on disk: safetensors read through memory maps and written as a stream, PEFT adapters, and fusing the two."""
+"""Checkpoints on disk: safetensors read through memory maps and written as a stream, PEFT adapters, fusing the two,
+4-bit checkpoints."""
 
 from enginepost.checkpoint.adapter import Adapter, LoraWeights, parse_adapter, read_adapter, write_adapter
 from enginepost.checkpoint.atomic import write_bytes, write_json
+from enginepost.checkpoint.bnb import is_quantized, quantize, read_quantized, weight_names
 from enginepost.checkpoint.format import CheckpointError
 from enginepost.checkpoint.fuse import FuseReport, fuse
 from enginepost.checkpoint.reader import Checkpoint
@@ -17,9 +19,13 @@ __all__ = [
     "Writer",
     "copy_side_files",
     "fuse",
+    "is_quantized",
     "parse_adapter",
+    "quantize",
     "read_adapter",
+    "read_quantized",
     "save_tensors",
+    "weight_names",
     "write_adapter",
     "write_bytes",
     "write_json",

@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,19 +67,28 @@ def fuse(
             also on a full disk, and then out_dir is not there.
     """
     model_dir, adapter_dir, out_dir = Path(model_dir), Path(adapter_dir), Path(out_dir).resolve()
-    _check_output(out_dir, model_dir, adapter_dir)
+    check_output(out_dir, model_dir, adapter_dir)
     base = Checkpoint(model_dir)
-    config = _read_config(model_dir)
+    config = model_config(model_dir)
     adapter = read_adapter(adapter_dir, full_tensors=True)
     _check_fit(base, parse_json(config, model_dir / "config.json", "the model configuration"), adapter, adapter_dir)
 
-    partial = out_dir.with_name(f".{out_dir.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)  # of an attempt that was killed
+    with appearing(out_dir) as partial:
         _write_weights(base, adapter, partial, shard_bytes, progress)
         _copy_side_files(model_dir, adapter_dir, partial)
         write_bytes(partial / "config.json", config)
         files = tuple(sorted(path.name for path in partial.iterdir()))
+    nbytes = sum(base.nbytes(name) for name in base.names)
+    return FuseReport(len(base), len(adapter.parts), len(adapter.full), nbytes, files)
+
+
+@contextmanager
+def appearing(out_dir: Path) -> Iterator[Path]:
+    """A hidden directory beside `out_dir` to write in, renamed to it when the block ends well and removed when it does not."""
+    partial = out_dir.with_name(f".{out_dir.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of an attempt that was killed
+        yield partial
         try:
             os.rename(partial, out_dir)  # onto nothing or an empty directory
             sync_directory(out_dir.parent)
@@ -86,8 +96,6 @@ def fuse(
             raise CheckpointError(f"{out_dir}: cannot be put in place: {error.strerror}.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    nbytes = sum(base.nbytes(name) for name in base.names)
-    return FuseReport(len(base), len(adapter.parts), len(adapter.full), nbytes, files)
 
 
 def _copy_side_files(model_dir: Path, adapter_dir: Path, directory: Path) -> None:
@@ -159,17 +167,19 @@ def _updated(rows: torch.Tensor, adapter: Adapter, path: str, first: int) -> tor
     return weight
 
 
-def _check_output(out_dir: Path, model_dir: Path, adapter_dir: Path) -> None:
-    for other in (model_dir, adapter_dir):
+def check_output(out_dir: Path, *inputs: Path) -> None:
+    """Refuse a directory that is an input or holds something."""
+    for other in inputs:
         if out_dir == other.resolve():
-            raise CheckpointError(f"{out_dir}: is an input; name a new directory for the fused model.")
+            raise CheckpointError(f"{out_dir}: is an input; name a new directory for the result.")
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise CheckpointError(f"{out_dir}: exists and is not an empty directory; remove it or name another.")
     if not out_dir.parent.is_dir():
         raise CheckpointError(f"{out_dir}: the directory {out_dir.parent} does not exist; create it first.")
 
 
-def _read_config(model_dir: Path) -> bytes:
+def model_config(model_dir: Path) -> bytes:
+    """config.json, byte for byte."""
     try:
         return (model_dir / "config.json").read_bytes()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Kernel families, one module each: `attention`, `linear_logprob`, `lora`, `norm`, `rope`, `glu`, `adamw`, `matmul`.
+"""Kernel families, one module each: `attention`, `linear_logprob`, `lora`, `norm`, `rope`, `glu`, `adamw`, `nf4`, `matmul`.
 
     from enginepost import kernels
     out, lse = kernels.attention(q, k, v, cu_seqlens)     # torch tensors, or anything with __dlpack__: numpy, jax
@@ -23,6 +23,8 @@ _HOME = {
     "rope_frequencies": "rope",
     "adamw_step": "adamw",
     "global_norm": "adamw",
+    "NF4Weight": "nf4",
+    "Moment8": "adamw",
 }
 
 

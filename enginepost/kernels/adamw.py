@@ -6,46 +6,124 @@
 
 Source: Loshchilov and Hutter 2019 (arXiv 1711.05101), algorithm 2. States are float32. A bfloat16 parameter is updated in float32
 and rounded once, from its float32 master copy where one is given.
+
+Moments can be held in 8 bits (`Moment8`), a quarter of the memory: blocks of 256, the dynamic code of kernels/nf4.py, signed for m
+and unsigned for v. A step decodes them, updates as above in float32, moves the parameter, and then encodes them again; an m below
+zero never becomes the code of zero. Where a gradient is not finite both moments become zero and the parameter stays. Source:
+Dettmers et al. 2022 (arXiv 2110.02861); bitsandbytes' CUDA kernel (csrc/kernels.cu, kOptimizerStatic8bit2StateBlockwise), with two
+differences. The weight decay comes before the step, as in the formula. And a v above zero never becomes the code of zero either: the
+nearest code to anything below 1.6e-7 of its block's largest is zero, and the next step would divide an m that survived by almost
+nothing.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from enginepost.kernels.arrays import make_callable, takes_arrays, takes_arrays_in_place
 from enginepost.kernels.backend import core, native, to_dlpack
+from enginepost.kernels.nf4 import dequantize_blockwise, dynamic_code
+
+BLOCK8 = 256  # elements that share a scale
+SMALLEST8 = 4096  # tensors with fewer elements keep float32 moments
+
+
+@dataclass
+class Moment8:
+    """A moment in 8 bits. codes uint8 of the parameter's shape, scale float32 `[ceil(N / 256)]`; signed: m, else v."""
+
+    codes: Tensor
+    scale: Tensor
+    signed: bool
+
+    def float(self) -> Tensor:
+        return dequantize_blockwise(self.codes, self.scale, dynamic_code(self.signed), blocksize=BLOCK8)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+
+Moment = Tensor | Moment8
+
+
+def zero_moments(param: Tensor, bits: int = 32) -> tuple[Moment, Moment]:
+    """(exp_avg, exp_avg_sq) for a parameter at its first step; with bits=8 those of 4096 elements and more are `Moment8`."""
+    if bits not in (8, 32):
+        raise ValueError(f"moments have 8 or 32 bits, got {bits}")
+    if bits == 32 or param.numel() < SMALLEST8:
+        zero = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
+        return zero, zero.clone()
+    codes = torch.zeros(param.shape, dtype=torch.uint8, device=param.device)
+    scale = torch.zeros(-(-param.numel() // BLOCK8), dtype=torch.float32, device=param.device)
+    return Moment8(codes, scale, True), Moment8(codes.clone(), scale.clone(), False)
 
 
 def reference_step(
-    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avg: Sequence[Tensor], exp_avg_sq: Sequence[Tensor], *,
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avg: Sequence[Moment], exp_avg_sq: Sequence[Moment], *,
     lr: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0, step: int,
     grad_scale: float = 1.0, masters: Sequence[Tensor] | None = None,
 ) -> None:  # fmt: skip
     """One AdamW step in plain PyTorch, in place, at float32 or better."""
-    for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avg, exp_avg_sq, strict=True)):
+    for i, (p, g, first, second) in enumerate(zip(params, grads, exp_avg, exp_avg_sq, strict=True)):
+        eight = _eight(first, second)
+        m, v = (t.float() if isinstance(t, Moment8) else t for t in (first, second))
         g = g.to(m.dtype) * grad_scale
+        finite = torch.isfinite(g)
         m.mul_(beta1).add_(g, alpha=1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         w = (p if masters is None else masters[i]).to(m.dtype)
         denominator = (v / (1 - beta2**step)).sqrt_().add_(eps)
-        w = w - lr * weight_decay * w - lr / (1 - beta1**step) * m / denominator
-        p.copy_(w)
+        moved = w - lr * weight_decay * w - lr / (1 - beta1**step) * m / denominator
+        if eight is not None:
+            moved = torch.where(finite, moved, w)
+            for moment, value in zip(eight, (m, v), strict=True):
+                _encode(moment, torch.where(finite, value, 0.0))
+        p.copy_(moved)
         if masters is not None:
-            masters[i].copy_(w)
+            masters[i].copy_(moved)
+
+
+def _eight(m: Moment, v: Moment) -> tuple[Moment8, Moment8] | None:
+    """Both moments when they are in 8 bits, None when they are float32."""
+    if isinstance(m, Moment8) and isinstance(v, Moment8):
+        if not m.signed or v.signed:
+            raise ValueError("adamw: exp_avg must be a signed Moment8 and exp_avg_sq an unsigned one")
+        return m, v
+    if isinstance(m, Moment8) or isinstance(v, Moment8):
+        raise ValueError("adamw: exp_avg and exp_avg_sq of a parameter must both be Moment8 or both float32")
+    return None
+
+
+def _encode(moment: Moment8, value: Tensor) -> None:
+    """The nearest codes to a moment, in place; every block by the reciprocal of its scale, a short one too."""
+    flat = value.float().reshape(-1)
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK8)).view(-1, BLOCK8)
+    moment.scale.copy_(blocks.abs().amax(dim=1) if len(blocks) else moment.scale)
+    scaled = blocks * (1.0 / moment.scale.clamp(min=1e-38)).unsqueeze(1)
+    code = dynamic_code(moment.signed)
+    if moment.signed:
+        scaled = torch.where(torch.signbit(scaled), scaled.clamp(max=code[126].item()), scaled)
+    else:
+        scaled = torch.maximum(scaled, (scaled * 1e30).clamp(max=code[1].item()))
+    codes = torch.bucketize(scaled, (code[:-1] + code[1:]) / 2).view(-1)[: len(flat)]
+    moment.codes.copy_(codes.to(torch.uint8).view(moment.codes.shape))
 
 
 @takes_arrays_in_place
 @torch.no_grad()
 def adamw_step(
-    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avg: Sequence[Tensor], exp_avg_sq: Sequence[Tensor], *,
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avg: Sequence[Moment], exp_avg_sq: Sequence[Moment], *,
     lr: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0, step: int,
     grad_scale: float = 1.0, masters: Sequence[Tensor] | None = None,
 ) -> None:  # fmt: skip
     """One AdamW step over all tensors, in place.
 
-    Args: params, grads float32 or bfloat16, contiguous, equal shapes; exp_avg, exp_avg_sq float32; masters: float32 copies that hold
+    Args: params, grads float32 or bfloat16, contiguous, equal shapes; exp_avg, exp_avg_sq float32 or
+        `Moment8` (see `zero_moments`); masters: float32 copies that hold
     the exact parameters when params are bfloat16; step counts from 1; grad_scale multiplies every gradient.
     Raises: ValueError that names the argument at fault. No gradient flows through it.
 
@@ -56,14 +134,19 @@ def adamw_step(
     >>> [round(x, 4) for x in p.tolist()]
     [0.9, 1.1, 1.0]
     """
-    if native(*params, *grads, *exp_avg, *exp_avg_sq, *(masters or ())):
+    plain_moments = [t for t in (*exp_avg, *exp_avg_sq) if isinstance(t, Tensor)]
+    if native(*params, *grads, *plain_moments, *(masters or ())):
         c = core()
         for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avg, exp_avg_sq, strict=True)):
-            c.adamw_step(
-                to_dlpack(p.detach().view(-1)), to_dlpack(g.detach().contiguous().view(-1)), to_dlpack(m.view(-1)),
-                to_dlpack(v.view(-1)), None if masters is None else to_dlpack(masters[i].view(-1)),
-                lr, beta1, beta2, eps, weight_decay, step, grad_scale,
-            )  # fmt: skip
+            tensors = [to_dlpack(p.detach().view(-1)), to_dlpack(g.detach().contiguous().view(-1))]
+            master = None if masters is None else to_dlpack(masters[i].view(-1))
+            rates = (lr, beta1, beta2, eps, weight_decay, step, grad_scale)
+            eight = _eight(m, v)
+            if eight is not None:
+                states = [to_dlpack(t.view(-1)) for t in (*(e.codes for e in eight), *(e.scale for e in eight))]
+                c.adamw8_step(*tensors, *states, master, *rates)
+            elif isinstance(m, Tensor) and isinstance(v, Tensor):
+                c.adamw_step(*tensors, to_dlpack(m.view(-1)), to_dlpack(v.view(-1)), master, *rates)
         return
     reference_step(
         params, grads, exp_avg, exp_avg_sq, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,

@@ -13,6 +13,9 @@ A and B train beside bfloat16 activations without a copy of either. Dropout mask
 DoRA, with magnitude m: those columns of x W^T + S B*^T are multiplied by m / |W + s B A|_row, the norm a constant for the gradient.
 The norm needs no [n, in] buffer: |W + s B A|^2 = |W|^2 + 2 s rowsum((W A^T) * B) + s^2 rowsum((B (A A^T)) * B).
 
+A frozen W may be an `NF4Weight` (QLoRA, Dettmers et al. 2023, arXiv 2305.14314): both products with it then decode it panel by panel
+as they multiply (csrc/cpu/matmul.cpp), and its numbers, code * scale in float32, are not rounded to x's dtype on the way.
+
 Sources: Hu et al. 2021 (LoRA, arXiv 2106.09685), eq. 3; Liu et al. 2024 (DoRA, arXiv 2402.09353), eq. 5 and section 4.3.
 """
 
@@ -26,6 +29,7 @@ from torch import Tensor
 from enginepost.kernels.arrays import make_callable, takes_arrays
 from enginepost.kernels.backend import plain
 from enginepost.kernels.matmul import mm
+from enginepost.kernels.nf4 import NF4Weight, nf4_mm, reference_dequantize, row_squares
 
 
 @dataclass
@@ -45,12 +49,12 @@ class LoraPart:
 
 
 def reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, parts: Sequence[LoraPart] = (), *, dropout: float = 0.0,
+    x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = None, parts: Sequence[LoraPart] = (), *, dropout: float = 0.0,
     seed: int = 0,
 ) -> Tensor:  # fmt: skip
     """The same in plain PyTorch, at float32 or better, part by part; for DoRA the adapted weight is built."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    xw, w = x.to(wide), weight.to(wide)
+    xw, w = x.to(wide), reference_dequantize(weight, wide) if isinstance(weight, NF4Weight) else weight.to(wide)
     masked = torch.where(keep_mask(x.shape[0], x.shape[1], dropout, seed), xw / (1 - dropout), 0.0) if dropout else xw
     base = xw @ w.T
     columns = list(base.split(1, dim=1)) if base.numel() else []
@@ -69,14 +73,14 @@ def reference(
 
 @takes_arrays
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, parts: Sequence[LoraPart] = (), *, dropout: float = 0.0,
+    x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = None, parts: Sequence[LoraPart] = (), *, dropout: float = 0.0,
     seed: int = 0,
 ) -> Tensor:  # fmt: skip
     """Linear layer with low-rank updates.
 
     Args:
         x: `[T, in]`, float32, bfloat16 (or float64).
-        weight: `[out, in]`, frozen or trained; bias: `[out]` or None.
+        weight: `[out, in]`, frozen or trained, or a frozen `NF4Weight`; bias: `[out]` or None.
         parts: updates of disjoint column ranges, see `LoraPart`; none for a plain linear layer.
         dropout: share of the update's inputs set to zero (training only: pass 0 otherwise).
         seed: of the mask. The same seed gives the same mask, so pass another for every layer and step.
@@ -117,8 +121,10 @@ def _mix(x: Tensor) -> Tensor:
     return (x ^ ((x >> 16) & 0xFFFF)) & 0x7FFFFFFF
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[LoraPart], dropout: float) -> None:
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+def _check(
+    x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, parts: Sequence[LoraPart], dropout: float
+) -> None:
+    if x.dim() != 2 or len(weight.shape) != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(
             f"lora_linear: x must be [T, in] and weight [out, in], got {list(x.shape)} and {list(weight.shape)}"
         )
@@ -146,7 +152,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[LoraP
 
 
 def _linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[LoraPart], dropout: float, seed: int,
+    x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, parts: Sequence[LoraPart], dropout: float, seed: int,
     unrounded: bool = False,
 ) -> Tensor:  # fmt: skip
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -155,13 +161,46 @@ def _linear(
     else:
         stacked, dropout = torch.empty(0, x.shape[1], dtype=wide, device=x.device), 0.0
     b, starts = [p.B for p in parts], [p.start for p in parts]
-    if plain(x, weight, bias, stacked, *b):
+    tensors, form = _taken_apart(weight)
+    if plain(x, *tensors, bias, stacked, *b):
         return _forward(x, weight, bias, stacked, b, starts, dropout, seed, unrounded)[0]
-    return torch.ops.enginepost.lora_linear(x, weight, bias, stacked, b, starts, dropout, seed, unrounded)[0]
+    return torch.ops.enginepost.lora_linear(x, tensors, form, bias, stacked, b, starts, dropout, seed, unrounded)[0]
+
+
+def _taken_apart(weight: Tensor | NF4Weight) -> tuple[list[Tensor], str]:
+    """The weight as arguments of a torch op: its tensors, and what else there is to it ("" for a plain matrix)."""
+    if isinstance(weight, Tensor):
+        return [weight], ""
+    w, nested = weight, [t for t in (weight.nested_absmax, weight.nested_code) if t is not None]
+    return [w.packed, w.absmax, *nested], f"{w.shape[0]} {w.shape[1]} {w.blocksize} {w.quant_type} {w.offset!r}"
+
+
+def _put_together(tensors: Sequence[Tensor], form: str) -> Tensor | NF4Weight:
+    if not form:
+        return tensors[0]
+    rows, columns, blocksize, kind, offset = form.split()
+    packed, absmax, *nested = tensors
+    code = (nested[0], nested[1], float(offset)) if nested else (None, None, 0.0)
+    return NF4Weight(packed, absmax, (int(rows), int(columns)), int(blocksize), kind, torch.float32, *code)
+
+
+def _shape(tensors: Sequence[Tensor], form: str) -> tuple[int, int]:
+    rows, columns = form.split()[:2] if form else tensors[0].shape
+    return int(rows), int(columns)
+
+
+def _times(
+    a: Tensor, weight: Tensor | NF4Weight, out: Tensor, transposed: bool, a2: Tensor | None = None,
+    b2: Tensor | None = None, accumulate: bool = False,
+) -> Tensor:  # fmt: skip
+    """out = a W^T + a2 b2, or a W + a2 b2 when transposed; added to out when accumulate."""
+    if isinstance(weight, NF4Weight):
+        return nf4_mm(a, weight, out, transposed=transposed, a2=a2, b2=b2, accumulate=accumulate)
+    return mm(a, weight if transposed else weight.t(), out=out, a2=a2, b2=b2, accumulate=accumulate)
 
 
 def _dora(
-    x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[LoraPart], dropout: float, seed: int
+    x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, parts: Sequence[LoraPart], dropout: float, seed: int
 ) -> Tensor:
     """y = gain * (x' W^T + S B*^T) + (x - x') W^T + b with x' the masked x, after PEFT: without dropout x' = x.
 
@@ -186,12 +225,18 @@ def _dora(
 
 
 @torch.no_grad()
-def row_norm(weight: Tensor, part: LoraPart) -> Tensor:
+def row_norm(weight: Tensor | NF4Weight, part: LoraPart) -> Tensor:
     """|W + scaling B A| of each row that the part covers, `[n]` in float32 (float64 for float64)."""
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    w, a, b = weight[part.columns], part.A.to(wide), part.B.to(wide)
-    wa = mm(w, a.T, out=torch.empty(b.shape, dtype=wide, device=w.device))
-    square = torch.linalg.vector_norm(w, dim=1, dtype=wide).square_()
+    if isinstance(weight, NF4Weight):
+        wide = torch.promote_types(part.A.dtype, torch.float32)
+        a, b = part.A.to(wide), part.B.to(wide)
+        wa = nf4_mm(a, weight, torch.empty(len(a), weight.shape[0], dtype=wide)).t()[part.columns]
+        square = row_squares(weight)[part.columns].to(wide)
+    else:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        w, a, b = weight[part.columns], part.A.to(wide), part.B.to(wide)
+        wa = mm(w, a.T, out=torch.empty(b.shape, dtype=wide, device=w.device))
+        square = torch.linalg.vector_norm(w, dim=1, dtype=wide).square_()
     square += 2 * part.scaling * (wa * b).sum(1)
     square += part.scaling**2 * ((b @ (a @ a.T)) * b).sum(1)
     return square.clamp_(min=0).sqrt_()
@@ -206,7 +251,7 @@ def _lines(x: Tensor) -> Tensor:
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Sequence[Tensor], starts: Sequence[int],
+    x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, a: Tensor, b: Sequence[Tensor], starts: Sequence[int],
     dropout: float, seed: int, unrounded: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y `[T, out]`, in float32 when `unrounded`, S `[T, R]`)."""
@@ -216,7 +261,7 @@ def _forward(
     if bias is not None:
         y.copy_(bias)
     if a.shape[0] == 0:
-        return mm(x, weight.t(), out=y, accumulate=bias is not None), s
+        return _times(x, weight, y, False, accumulate=bias is not None), s
     mm(_dropped(x, dropout, seed) if dropout else x, a.t(), out=s)
     if len(b) == 1 and b[0].shape[0] == out:
         block = b[0]
@@ -226,11 +271,11 @@ def _forward(
         for part, start in zip(b, starts, strict=True):
             block[start : start + part.shape[0], at : at + part.shape[1]] = part
             at += part.shape[1]
-    return mm(x, weight.t(), out=y, a2=s, b2=block.t(), accumulate=bias is not None), s
+    return _times(x, weight, y, False, s, block.t(), accumulate=bias is not None), s
 
 
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor, s: Tensor, a: Tensor, b: Sequence[Tensor], starts: Sequence[int],
+    dy: Tensor, x: Tensor, weight: Tensor | NF4Weight, s: Tensor, a: Tensor, b: Sequence[Tensor], starts: Sequence[int],
     dropout: float, seed: int, needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, weight, bias, A*, then each B; an empty tensor where `needs` (of x, weight, bias, A*, any B) says no."""
@@ -249,13 +294,16 @@ def _backward(
     if needs[0]:
         dx = torch.empty_like(x)
         if len(b) == 0:
-            mm(dy, weight, out=dx)
+            _times(dy, weight, dx, True)
         elif dropout == 0:
-            mm(dy, weight, out=dx, a2=ds, b2=a)
+            _times(dy, weight, dx, True, ds, a)
+        elif isinstance(weight, NF4Weight):
+            dx.copy_(nf4_mm(dy, weight, _dropped(mm(ds, a), dropout, seed), transposed=True, accumulate=True))
         else:
             mm(dy, weight, out=dx)
             dx += _dropped(mm(ds, a), dropout, seed).to(dx.dtype)
     if needs[1]:
+        assert isinstance(weight, Tensor)
         dweight = mm(dy.t(), x, out=torch.empty_like(weight))
     if needs[2]:
         dbias = dy.sum(0, dtype=wide)
@@ -268,34 +316,35 @@ def _backward(
 
 @torch.library.custom_op("enginepost::lora_linear", mutates_args=())
 def _linear_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: list[Tensor], starts: list[int], dropout: float,
-    seed: int, unrounded: bool,
+    x: Tensor, weight: list[Tensor], form: str, bias: Tensor | None, a: Tensor, b: list[Tensor], starts: list[int],
+    dropout: float, seed: int, unrounded: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _forward(x, weight, bias, a, b, starts, dropout, seed, unrounded)
+    return _forward(x, _put_together(weight, form), bias, a, b, starts, dropout, seed, unrounded)
 
 
 @_linear_op.register_fake
 def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: list[Tensor], starts: list[int], dropout: float,
-    seed: int, unrounded: bool,
+    x: Tensor, weight: list[Tensor], form: str, bias: Tensor | None, a: Tensor, b: list[Tensor], starts: list[int],
+    dropout: float, seed: int, unrounded: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return (a if unrounded else x).new_empty(x.shape[0], weight.shape[0]), a.new_empty(x.shape[0], a.shape[0])
+    return (a if unrounded else x).new_empty(x.shape[0], _shape(weight, form)[0]), a.new_empty(x.shape[0], a.shape[0])
 
 
 @torch.library.custom_op("enginepost::lora_linear_backward", mutates_args=())
 def _backward_op(
-    dy: Tensor, x: Tensor, weight: Tensor, s: Tensor, a: Tensor, b: list[Tensor], starts: list[int], dropout: float,
-    seed: int, needs: list[bool],
+    dy: Tensor, x: Tensor, weight: list[Tensor], form: str, s: Tensor, a: Tensor, b: list[Tensor], starts: list[int],
+    dropout: float, seed: int, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    return _backward(dy, x, weight, s, a, b, starts, dropout, seed, needs)
+    return _backward(dy, x, _put_together(weight, form), s, a, b, starts, dropout, seed, needs)
 
 
 @_backward_op.register_fake
 def _(
-    dy: Tensor, x: Tensor, weight: Tensor, s: Tensor, a: Tensor, b: list[Tensor], starts: list[int], dropout: float,
-    seed: int, needs: list[bool],
+    dy: Tensor, x: Tensor, weight: list[Tensor], form: str, s: Tensor, a: Tensor, b: list[Tensor], starts: list[int],
+    dropout: float, seed: int, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    shapes = [(x, x.shape), (weight, weight.shape), (a, weight.shape[:1]), (a, a.shape), *((p, p.shape) for p in b)]
+    shape = _shape(weight, form)
+    shapes = [(x, x.shape), (weight[0], shape), (a, shape[:1]), (a, a.shape), *((p, p.shape) for p in b)]
     wanted = [*needs[:4], *[needs[4]] * len(b)]
     return [
         like.new_empty(shape) if want else x.new_empty(0) for (like, shape), want in zip(shapes, wanted, strict=True)
@@ -303,21 +352,26 @@ def _(
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, weight, bias, a, b, ctx.starts, ctx.dropout, ctx.seed, _ = inputs
+    x, weight, ctx.form, bias, a, b, ctx.starts, ctx.dropout, ctx.seed, _ = inputs
+    ctx.tensors = len(weight)
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.save_for_backward(x, weight, output[1], a, *b)
+    ctx.save_for_backward(x, output[1], a, *weight, *b)
     ctx.mark_non_differentiable(output[1])
 
 
 def _grad(ctx, dy: Tensor, _: Tensor) -> tuple:  # type: ignore[no-untyped-def]
-    x, weight, s, a, *b = ctx.saved_tensors
-    wants_b = ctx.needs_input_grad[4]
-    needs = [*ctx.needs_input_grad[:4], any(wants_b)]
-    grads = torch.ops.enginepost.lora_linear_backward(dy, x, weight, s, a, b, ctx.starts, ctx.dropout, ctx.seed, needs)
+    x, s, a, *rest = ctx.saved_tensors
+    weight, b = rest[: ctx.tensors], rest[ctx.tensors :]
+    wants_x, wants_weight, _, wants_bias, wants_a, wants_b, *_ = ctx.needs_input_grad
+    needs = [wants_x, wants_weight[0], wants_bias, wants_a, any(wants_b)]
+    grads = torch.ops.enginepost.lora_linear_backward(
+        dy, x, weight, ctx.form, s, a, b, ctx.starts, ctx.dropout, ctx.seed, needs
+    )
     dx, dweight, dbias, da, *db = grads
     return (
         dx if needs[0] else None,
-        dweight if needs[1] else None,
+        [dweight if needs[1] else None, *[None] * (ctx.tensors - 1)],
+        None,
         dbias.to(ctx.bias_dtype) if needs[2] else None,
         da if needs[3] else None,
         [g if want else None for g, want in zip(db, wants_b, strict=True)],

@@ -14,8 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from enginepost.checkpoint import Checkpoint, Writer, copy_side_files, write_bytes
+from enginepost.checkpoint import (
+    Checkpoint,
+    Writer,
+    copy_side_files,
+    is_quantized,
+    read_quantized,
+    weight_names,
+    write_bytes,
+)
 from enginepost.errors import EnginepostError
+from enginepost.kernels import nf4
 from enginepost.model.spec import FAMILIES, ModelSpec
 from enginepost.model.transformer import Transformer
 
@@ -102,6 +111,8 @@ def load_model(
 ) -> Transformer:  # fmt: skip
     """Load a Hugging Face model directory, and a PEFT adapter on top of it where one is named.
 
+    Weights in 4 bits (`*-bnb-4bit`) are taken as the numbers that they stand for.
+
     Args: path: config.json and safetensors, single or sharded; dtype: of weights and activations, float32 or bfloat16 (float64 runs
         the reference kernels). Returns: a Transformer in evaluation mode.
     Raises: EnginepostError for an unsupported config, a missing, unexpected or misshapen tensor.
@@ -118,7 +129,10 @@ def load_model(
     own = dict(model.named_parameters())
     with torch.no_grad():
         for entry in layout(spec):
-            tensor = checkpoint.tensor(entry.name)
+            if is_quantized(checkpoint, entry.name):
+                tensor = nf4.dequantize(read_quantized(checkpoint, entry.name))
+            else:
+                tensor = checkpoint.tensor(entry.name)
             _check_dtype(tensor, entry, path)
             own[entry.parameter][entry.start : entry.stop].copy_(tensor)
             checkpoint.drop(entry.name)
@@ -134,7 +148,7 @@ def check_names(checkpoint: Checkpoint, spec: ModelSpec, path: Path) -> None:
     wanted = {e.name: e.shape for e in layout(spec)}
     # A tied head may be stored beside the embedding; buffers of old exporters hold nothing that the config does not say.
     ignored = {"lm_head.weight"} if spec.tied else set()
-    found = {n for n in checkpoint.names if n not in ignored and not n.endswith("rotary_emb.inv_freq")}
+    found = {n for n in weight_names(checkpoint) if n not in ignored and not n.endswith("rotary_emb.inv_freq")}
     missing, unexpected = [n for n in wanted if n not in found], sorted(found - wanted.keys())
     if missing or unexpected:
         raise EnginepostError(
@@ -145,9 +159,11 @@ def check_names(checkpoint: Checkpoint, spec: ModelSpec, path: Path) -> None:
             + ". Is config.json that of another model?"
         )
     for name, shape in wanted.items():
-        if tuple(checkpoint.shape(name)) != shape:
+        quantized = is_quantized(checkpoint, name)
+        has = read_quantized(checkpoint, name).shape if quantized else tuple(checkpoint.shape(name))
+        if has != shape:
             raise EnginepostError(
-                f"{path}: tensor {name!r} has shape {list(checkpoint.shape(name))}, but config.json asks for {list(shape)}"
+                f"{path}: tensor {name!r} has shape {list(has)}, but config.json asks for {list(shape)}"
             )
 
 
@@ -159,7 +175,7 @@ def _check_dtype(tensor: Tensor, entry: Entry, path: Path) -> None:
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise EnginepostError(
             f"{path}: tensor {entry.name!r} has dtype {str(tensor.dtype).removeprefix('torch.')}; expected float32, float16 or "
-            "bfloat16 (quantized checkpoints are not supported)"
+            "bfloat16, or 4-bit weights in the layout of bitsandbytes"
         )
 
 

@@ -262,12 +262,14 @@ def test_opcheck(case):
     b, starts = [p[1] for p in pieces], [s[3] for s in specs]
     for t in (x, weight, bias, stacked, *b):
         t.requires_grad_()
-    torch.library.opcheck(torch.ops.enginepost.lora_linear, (x, weight, bias, stacked, b, starts, dropout, 5, False))
+    torch.library.opcheck(
+        torch.ops.enginepost.lora_linear, (x, [weight], "", bias, stacked, b, starts, dropout, 5, False)
+    )
     x, weight, bias, stacked, *b = (t.detach() for t in (x, weight, bias, stacked, *b))
-    _, s = torch.ops.enginepost.lora_linear(x, weight, bias, stacked, b, starts, dropout, 5, True)
+    _, s = torch.ops.enginepost.lora_linear(x, [weight], "", bias, stacked, b, starts, dropout, 5, True)
     needs = [True, False, True, bool(b), bool(b)]
     backward = torch.ops.enginepost.lora_linear_backward
-    torch.library.opcheck(backward, (dy, x, weight, s, stacked, b, starts, dropout, 5, needs))
+    torch.library.opcheck(backward, (dy, x, [weight], "", s, stacked, b, starts, dropout, 5, needs))
 
 
 def test_reference_backend(monkeypatch):

@@ -19,6 +19,13 @@ typedef struct {
 EP_EXPORT int ep_adamw_step(const DLTensor *param, const DLTensor *grad, const DLTensor *exp_avg, const DLTensor *exp_avg_sq,
                             const DLTensor *master, ep_adamw_params params, void *stream);
 
+/* The same with moments in 8 bits, in blocks of 256 elements: codes (N) uint8 of the dynamic code of nf4.h, signed for exp_avg and
+ * unsigned for exp_avg_sq, and a scale per block (ceil(N / 256)) float32; all zero at first. Where a gradient is not finite both
+ * moments become 0 and the parameter stays. */
+EP_EXPORT int ep_adamw8_step(const DLTensor *param, const DLTensor *grad, const DLTensor *exp_avg, const DLTensor *exp_avg_sq,
+                             const DLTensor *exp_avg_scale, const DLTensor *exp_avg_sq_scale, const DLTensor *master,
+                             ep_adamw_params params, void *stream);
+
 /* *result = sum of squares of x (N), float64 in a fixed order. */
 EP_EXPORT int ep_sum_squares(const DLTensor *x, double *result, void *stream);
 
