@@ -36,8 +36,8 @@ class Select:
 
     kind: "all", "none", "magnitude", "random" (each with probability `density`) or "ranked" (probability from density - epsilon to
         density + epsilon by rank of the magnitude in its row, the largest most likely).
-    low, low_skip, high, high_keep: for "magnitude": bits strictly between low and high stay; of the elements equal to `low` the first
-        `low_skip` go, of those equal to `high` the first `high_keep` stay (both hold when low == high).
+    low, low_skip, high, high_keep: for "magnitude": bits strictly between low and high stay; of the elements equal to `low` the
+        first `low_skip` go, of those equal to `high` the first `high_keep` stay (both hold when low == high).
     seen: how many elements equal to low and high came in earlier chunks of the tensor; the functions here count on.
     """
 
@@ -202,8 +202,8 @@ def task_sum(
     else:
         mixed = sum(parts[1:], parts[0].clone())
         if normalize:
-            divisor = sum(weights)
-            mixed = mixed / (1.0 if abs(divisor) < 1e-8 else divisor)
+            all_weights = float(sum(weights))
+            mixed = mixed / (1.0 if abs(all_weights) < 1e-8 else all_weights)
     out.copy_(b + mixed * scale)
     return signs
 

@@ -1,4 +1,4 @@
-"""One tensor merged: parameters resolved, reduction, then the combination chunk by chunk; and `merge_tensors` for arrays in memory."""
+"""One tensor merged: the reduction, then the combination chunk by chunk; and `merge_tensors` for arrays in memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def merge_tensors(
         name: with `seed`, the key of the random masks.
         dtype: of the result; by default the widest of the inputs.
         chunk: elements worked on at a time; the result does not depend on it.
-        parameters: the method's. Per-model ones as a list, or one value for all. (`lambda` is a keyword of Python: pass `**{"lambda": 0.5}`.)
+        parameters: the method's. Per-model ones as a list, or one value for all. (`lambda` is a keyword of Python: pass
+            `**{"lambda": 0.5}`.)
     Returns:
         A torch tensor, or a numpy array if the first input is one.
     Raises:
@@ -124,7 +125,7 @@ def merged_chunks(
     dtype: torch.dtype,
     seen: Callable[[Any], None] = lambda chunk: None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """(element offset, piece of the result in `dtype`) one after the other; `seen` is called with each chunk before it is combined."""
+    """(element offset, piece of the result in `dtype`) one after the other; `seen` gets each chunk before it is combined."""
     if inputs.numel == 0:
         return
     facts = method.reduce(inputs, p) if method.reduce is not None else None

@@ -4,8 +4,8 @@
     def near(chunk, p, facts):
         return [torch.lerp(chunk.b, x, p["t"]) for x in chunk.x][0]
 
-`reduce(inputs, p)` may go through `inputs.chunks()` as often as it likes and returns whatever `combine(chunk, p, facts)` needs: a few
-numbers, never a copy of the tensor. `combine` returns float32 of the chunk's shape; declared with `writes=True` it has a fourth
+`reduce(inputs, p)` may go through `inputs.chunks()` as often as it likes and returns whatever `combine(chunk, p, facts)` needs: a
+few numbers, never a copy of the tensor. `combine` returns float32 of the chunk's shape; declared with `writes=True` it has a fourth
 argument, the output in its final dtype, which the kernels round to as they write.
 """
 

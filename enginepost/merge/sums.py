@@ -108,7 +108,7 @@ def _nuslerp(inputs: Inputs, p: Params) -> Any:
         u, v = (d.double().numpy() for d in chunk.d)
         for i in range(u.shape[0]):
             squares += np.stack([u[i] * u[i], v[i] * v[i], u[i] * v[i]])
-    return torch.from_numpy(_arc(*squares, _fraction(p), np)).float()
+    return torch.from_numpy(_arc(squares[0], squares[1], squares[2], _fraction(p), np)).float()
 
 
 def _arc(uu: Any, vv: Any, uv: Any, t: float, lib: Any) -> Any:
@@ -133,7 +133,7 @@ def _nuslerp_combine(chunk: Chunk, p: Params, facts: Any, out: Tensor) -> None:
     else:
         wide = u.double(), v.double()
         products = [(a * b).sum(-1) for a, b in ((wide[0], wide[0]), (wide[1], wide[1]), (wide[0], wide[1]))]
-        first, second = _arc(*products, _fraction(p), torch).float()[:, :, None]
+        first, second = _arc(products[0], products[1], products[2], _fraction(p), torch).float()[:, :, None]
     result = first * u + second * v
     out.copy_((result if chunk.base is None else result + chunk.b).view(-1))
 
@@ -166,7 +166,7 @@ def _multislerp(inputs: Inputs, p: Params) -> list[float]:
     g = _gram(inputs, deltas=True)
     norms = np.sqrt(np.diag(g))
     g = g / np.outer(norms + eps, norms + eps)  # of the unit vectors
-    length = math.sqrt(max(0.0, weights @ g @ weights))
+    length = math.sqrt(max(0.0, float(weights @ g @ weights)))
     if length < eps:
         if len(weights) == 2:
             return _around_base(weights.tolist(), inputs)
@@ -177,7 +177,7 @@ def _multislerp(inputs: Inputs, p: Params) -> list[float]:
     mean = weights / length
     dots = g @ mean
     tangent = weights - (weights @ dots) * mean
-    angle = math.sqrt(max(0.0, tangent @ g @ tangent)) + eps
+    angle = math.sqrt(max(0.0, float(tangent @ g @ tangent))) + eps
     units = math.cos(angle) * mean + math.sin(angle) / angle * tangent
     return _around_base((units * (norms @ weights) / (norms + eps)).tolist(), inputs)
 

@@ -168,8 +168,8 @@ def survey(pieces: list[tuple[Inputs, Params]]) -> dict[str, Any]:
         for key in ("density", "gamma"):
             if key in p and p[key] != first[key]:
                 raise MergeError(
-                    f"{inputs.name}: trim: model ranks all tensors together, so {key} must be one value for the whole model; here it "
-                    f"is {p[key]}, elsewhere {first[key]}."
+                    f"{inputs.name}: trim: model ranks all tensors together, so {key} must be one value for the whole model; "
+                    f"here it is {p[key]}, elsewhere {first[key]}."
                 )
     n = sum(inputs.numel for inputs, _ in pieces)
     selects = []
