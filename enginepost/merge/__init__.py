@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from enginepost.merge.registry import Param as Param
     from enginepost.merge.registry import method as method
     from enginepost.merge.registry import register as register
+    from enginepost.merge.run import MergeReport as MergeReport
+    from enginepost.merge.run import merge as merge
 
 _HOME = {
     "merge_tensors": "apply",
@@ -19,6 +21,8 @@ _HOME = {
     "Param": "registry",
     "method": "registry",
     "register": "registry",
+    "MergeReport": "run",
+    "merge": "run",
 }
 
 

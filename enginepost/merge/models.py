@@ -110,8 +110,8 @@ def open_model(ref: ModelRef, directory: Path) -> Model:
             else f"{odd[0]} is {checkpoint.dtype(odd[0])}"
         )
         raise MergeError(
-            f"{ref}: is quantised ({kind}); merging quantised weights adds their rounding errors. Merge the original float16 or bfloat16 "
-            "models and quantise the result."
+            f"{ref}: is quantised ({kind}); merging quantised weights adds up their rounding errors. Merge the original "
+            "float16 or bfloat16 models and quantise the result."
         )
     counted: dict[str, set[int]] = {}
     for name in checkpoint.names:

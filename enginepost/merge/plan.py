@@ -108,7 +108,7 @@ def _module_tasks(
     whole = len(recipe.modules) == 1
     if not whole and not any(n.startswith(prefixes) for n in first.checkpoint.names):
         raise MergeError(
-            f"{recipe.file}: no tensor of {first.ref} begins with {prefixes[0]!r} or {prefixes[1]!r}, so there is no module {name!r}."
+            f"{recipe.file}: no tensor of {first.ref} begins with {prefixes[0]!r} or {prefixes[1]!r}: no module {name!r}."
         )
     for piece in module.slices:
         _check_slice(recipe, piece, models)
@@ -155,7 +155,7 @@ def _check_slice(recipe: Recipe, piece: Slice, models: Mapping[ModelRef, Model])
         counts = {str(source.model): models[source.model].layers for source in piece.sources}
         if len(set(counts.values())) > 1:
             raise MergeError(
-                f"{piece.where}: the models have different numbers of layers ({counts}); merge equal ones, or pick layers with slices."
+                f"{piece.where}: the models have different numbers of layers ({counts}); merge equal ones, or use slices."
             )
 
 
@@ -243,6 +243,6 @@ def _check_shapes(out: str, reads: list[Read], piece: Slice) -> None:
             )
         turned = " It looks transposed." if tuple(reversed(shape)) == shapes[0] else ""
         raise MergeError(
-            f"{piece.where}: {out} is {list(shapes[0])} in {reads[0].model} and {list(shape)} in {read.model}; tensors must have equal "
-            f"shapes.{turned}"
+            f"{piece.where}: {out} is {list(shapes[0])} in {reads[0].model} and {list(shape)} in {read.model}; the shapes "
+            f"must be equal.{turned}"
         )

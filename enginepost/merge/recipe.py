@@ -61,7 +61,7 @@ class Module:
 
 @dataclass
 class TokenSource:
-    """Where the embedding of one token of the merged vocabulary comes from. kind: "model", "model_token", "zero" or "" (the rule)."""
+    """Where the embedding of one token comes from. kind: "model", "model_token", "zero" or "" (as the rule has it)."""
 
     kind: str = ""
     model: ModelRef | None = None
