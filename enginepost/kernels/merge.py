@@ -18,14 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from enginepost.kernels.backend import core, native, to_dlpack
+
 BLOCK = 1 << 16  # elements; the grain of reductions and of the random generator
 TOP_BITS = 16  # of the 31 bits of a magnitude; the lower 15 are counted in a second pass
 LOW_BITS = 15
+MAX_INPUTS = 64  # of the native kernels
 
 _M32 = np.uint32(0xFFFFFFFF)
 
@@ -39,6 +43,8 @@ class Select:
     low, low_skip, high, high_keep: for "magnitude": bits strictly between low and high stay; of the elements equal to `low` the
         first `low_skip` go, of those equal to `high` the first `high_keep` stay (both hold when low == high).
     seen: how many elements equal to low and high came in earlier chunks of the tensor; the functions here count on.
+    masks: for "ranked", a place to keep the masks of chunks between passes (packed bits, by the chunk's start), or None to make them
+        again in every pass.
     """
 
     kind: str = "all"
@@ -51,6 +57,7 @@ class Select:
     high_keep: int = 0
     scale: float = 1.0
     seen: tuple[int, int] = (0, 0)
+    masks: dict[int, Tensor] | None = None
 
 
 def random_bits(key: int, start: int, count: int) -> np.ndarray:
@@ -87,6 +94,10 @@ def magnitude_bits(x: Tensor, base: Tensor | None) -> Tensor:
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
     """out = sum of weights[i] * tensors[i], in float32 (float64 if an input is), rounded once to out's dtype."""
+    if _taken(*tensors):
+        with _Result(out) as target:
+            core().merge_weighted_sum(_capsules(tensors), [float(w) for w in weights], to_dlpack(target))
+        return
     wide = _wide(tensors)
     total = tensors[0].to(wide) * weights[0]
     for x, w in zip(tensors[1:], weights[1:], strict=True):
@@ -95,7 +106,18 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], out: Tenso
 
 
 def gram(tensors: Sequence[Tensor], base: Tensor | None, total: np.ndarray) -> None:
-    """total[i, j] += sum over elements of (x_i - b)(x_j - b); float64 `[k, k]`."""
+    """total[i, j] += sum over elements of (x_i - b)(x_j - b); float64 `[k, k]`.
+
+    Call it with chunks that begin at multiples of BLOCK: the sums are over blocks, in order."""
+    if _taken(*tensors, base):
+        k = len(tensors)
+        for at in range(0, tensors[0].numel(), BLOCK):  # one call a block, so that chunks of any size add up alike
+            piece = slice(at, at + BLOCK)
+            part = core().merge_gram(
+                _capsules([x[piece] for x in tensors]), _capsule(None if base is None else base[piece])
+            )
+            total += np.array(part).reshape(k, k)
+        return
     for at in range(0, tensors[0].numel(), BLOCK):
         d = [_delta(x[at : at + BLOCK], None if base is None else base[at : at + BLOCK]) for x in tensors]
         for i in range(len(d)):
@@ -114,23 +136,36 @@ def _delta(x: Tensor, base: Tensor | None) -> np.ndarray:
 
 
 def magnitude_counts(x: Tensor, base: Tensor | None, prefix: int | None, counts: np.ndarray) -> None:
-    """Count magnitudes by their bits, into int64 `counts`: by the upper 16 bits (`[65536]`), or, given such a prefix, by the lower
-    15 bits of those that share it (`[32768]`)."""
+    """Count magnitudes by their bits, into the two tables of int64 `counts`, which the caller adds: by the upper 16 bits
+    (`[2, 65536]`), or, given such a prefix, by the lower 15 bits of those that share it (`[2, 32768]`)."""
+    if _taken(x, base):
+        table = to_dlpack(torch.from_numpy(counts))
+        core().merge_magnitude_counts(_capsule(x), _capsule(base), -1 if prefix is None else prefix, table)
+        return
     bits = magnitude_bits(x, base)
     if prefix is None:
         bits = bits >> LOW_BITS
     else:
         bits = bits[(bits >> LOW_BITS) == prefix] & ((1 << LOW_BITS) - 1)
-    counts += np.bincount(bits.numpy(), minlength=counts.size)
+    counts[0] += np.bincount(bits.numpy(), minlength=counts.shape[1])
 
 
 def masked_sums(x: Tensor, base: Tensor, select: Select, start: int, columns: int, total: np.ndarray) -> None:
-    """total += [sum |d|, sum |m d|] in float64; advances select.seen."""
+    """total += [sum |d|, sum |m d|] in float64, over blocks (rows, for "ranked") in order; advances select.seen."""
+    block = columns if select.kind == "ranked" else BLOCK
+    if _taken(x, base):
+        mask = _mask(x, base, select, start, columns)
+        all_, kept, seen = core().merge_masked_sums(
+            _capsule(x), _capsule(base), [_described(select, 1.0, mask)], start, block
+        )
+        total += (all_, kept)
+        select.seen = seen[0]
+        return
     keep = keep_mask(x, base, select, start, columns).numpy()
-    for at in range(0, x.numel(), BLOCK):
-        d = np.abs(_delta(x[at : at + BLOCK], base[at : at + BLOCK]))
+    for at in range(0, x.numel(), block):
+        d = np.abs(_delta(x[at : at + block], base[at : at + block]))
         total[0] += float(np.sum(d))
-        total[1] += float(np.sum(np.where(keep[at : at + BLOCK], d, 0.0)))
+        total[1] += float(np.sum(np.where(keep[at : at + block], d, 0.0)))
 
 
 def keep_mask(x: Tensor, base: Tensor, select: Select, start: int, columns: int) -> Tensor:
@@ -180,6 +215,18 @@ def task_sum(
     exactly zero counting as `zero_sign`; then `normalize` divides by the weights that took part (by 1 where they sum to 0). Without,
     it divides by the sum of all weights. Advances the selects; returns the sum of the elected signs (0 for a zero sum).
     """
+    if _taken(base, *tensors) and len(tensors) <= MAX_INPUTS:
+        given = [
+            _described(select, weight, _mask(x, base, select, start, columns))
+            for x, select, weight in zip(tensors, selects, weights, strict=True)
+        ]
+        with _Result(out) as target:
+            signs, seen = core().merge_task_sum(
+                _capsule(base), _capsules(tensors), given, elect, normalize, zero_sign, scale, start, to_dlpack(target)
+            )
+        for select, pair in zip(selects, seen, strict=True):
+            select.seen = pair
+        return int(signs)
     wide = _wide([base, *tensors])
     b = base.to(wide)
     parts = []
@@ -210,7 +257,63 @@ def task_sum(
 
 def nonfinite(x: Tensor) -> int:
     """How many elements are NaN or infinite."""
+    if native(x):
+        return int(core().merge_nonfinite(to_dlpack(x)))
     return int(x.numel() - torch.isfinite(x).sum())
+
+
+def _taken(*tensors: Tensor | None) -> bool:
+    """Whether the native kernels do it: float32, bfloat16 and (widened first) float16, on the CPU."""
+    return native(*(None if t is None or t.dtype == torch.float16 else t for t in tensors)) and all(
+        t is None or t.device.type == "cpu" for t in tensors
+    )
+
+
+def _capsule(x: Tensor | None) -> Any:
+    return None if x is None else to_dlpack(x.float() if x.dtype == torch.float16 else x)
+
+
+def _capsules(tensors: Sequence[Tensor]) -> list[Any]:
+    return [_capsule(x) for x in tensors]
+
+
+class _Result:
+    """The output that a native kernel writes: `out` itself, or float32 that is rounded to `out` at the end."""
+
+    def __init__(self, out: Tensor) -> None:
+        self.out = out
+        self.target = out if out.dtype in (torch.float32, torch.bfloat16) else torch.empty(out.shape)
+
+    def __enter__(self) -> Tensor:
+        return self.target
+
+    def __exit__(self, *error: object) -> None:
+        if self.target is not self.out:
+            self.out.copy_(self.target)
+
+
+_KINDS = {"all": 0, "none": 1, "magnitude": 2, "random": 3, "ranked": 4}
+
+
+def _described(s: Select, weight: float, mask: Tensor | None) -> tuple[Any, ...]:
+    """A selection as the bindings take it."""
+    limit = draw_limit(s.density) if s.kind == "random" else 0
+    return (_KINDS[s.kind], s.low, s.high, s.low_skip, s.high_keep, *s.seen, s.key, limit, s.scale, weight,
+            None if mask is None else to_dlpack(mask))  # fmt: skip
+
+
+def _mask(x: Tensor, base: Tensor, select: Select, start: int, columns: int) -> Tensor | None:
+    """Packed bits of a ranked selection, int32 `[ceil(n / 32)]`."""
+    if select.kind != "ranked":
+        return None
+    if select.masks is not None and start in select.masks:
+        return select.masks[start]
+    mask = torch.empty((x.numel() + 31) // 32, dtype=torch.int32)
+    limits = torch.from_numpy(rank_limits(select, columns).astype(np.int64))
+    core().merge_rank_mask(_capsule(x), _capsule(base), to_dlpack(limits), select.key, start, to_dlpack(mask))
+    if select.masks is not None:
+        select.masks[start] = mask
+    return mask
 
 
 def _wide(tensors: Sequence[Tensor]) -> torch.dtype:

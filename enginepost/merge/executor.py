@@ -32,10 +32,12 @@ Progress = Callable[[int, int, str], None]  # bytes of output finished, bytes in
 
 @dataclass(frozen=True)
 class Limits:
-    """threads at work, and elements of a chunk (method working on rows take whole rows, at least one)."""
+    """Threads at work; elements of a chunk (methods that work on rows take whole rows, at least one); and the bytes that a thread
+    may keep between the passes of its method."""
 
     threads: int
     chunk: int
+    spare: float
 
 
 def limits(recipe: Recipe, tasks: list[Task], threads: int | None, budget: float) -> Limits:
@@ -53,12 +55,12 @@ def limits(recipe: Recipe, tasks: list[Task], threads: int | None, budget: float
     least = max(BLOCK, widest)
     wanted = threads or min(8, os.cpu_count() or 1)
     for count in range(wanted, 0, -1):
-        chunk = int(budget / count / per_element)
+        chunk = int(budget * 2 / 3 / count / per_element)
         if chunk >= least:
-            return Limits(count, min(CHUNK, max(BLOCK, chunk // BLOCK * BLOCK)))
+            return Limits(count, min(CHUNK, max(BLOCK, chunk // BLOCK * BLOCK)), budget / 3 / count)
     raise MergeError(
         f"a memory budget of {budget / 1e6:.0f} MB is too small for {inputs} models: at least "
-        f"{least * per_element / 1e6 + 1:.0f} MB are needed, for one chunk of {least} elements."
+        f"{least * per_element * 1.5 / 1e6 + 1:.0f} MB are needed, for one chunk of {least} elements."
     )
 
 
@@ -77,7 +79,7 @@ def execute(
         if stop.is_set():
             return
         try:
-            _make(recipe, task, output, limit.chunk, seed, shared, stop)
+            _make(recipe, task, output, limit, seed, shared, stop)
         except BaseException:
             stop.set()
             raise
@@ -98,15 +100,15 @@ def execute(
 
 
 def _make(
-    recipe: Recipe, task: Task, output: Output, chunk: int, seed: int, shared: dict[str, Any], stop: threading.Event
+    recipe: Recipe, task: Task, output: Output, limit: Limits, seed: int, shared: dict[str, Any], stop: threading.Event
 ) -> None:
     digest = hashlib.sha256()
     if task.copied:
         read = task.reads[0]
         digest.update(output.write(task.name, 0, read.checkpoint.tensor(read.name).reshape(-1)))
     else:
-        inputs = task.inputs(recipe, seed, chunk)
-        inputs.shared = shared
+        inputs = task.inputs(recipe, seed, limit.chunk)
+        inputs.shared, inputs.spare = shared, limit.spare
         for start, piece in merged_chunks(
             recipe.method, inputs, task.parameters, task.dtype, lambda c: _check(task, c)
         ):

@@ -51,21 +51,21 @@ class _Counted:
 
     def __init__(self, pieces: Iterable[Inputs], model: int, places: list[int]) -> None:
         pieces = list(pieces)
-        upper = np.zeros(1 << kernel.TOP_BITS, dtype=np.int64)
+        tables = np.zeros((2, 1 << kernel.TOP_BITS), dtype=np.int64)
         for inputs in pieces:
             for chunk in inputs.chunks():
-                kernel.magnitude_counts(chunk.models[model], chunk.base, None, upper)
-        below = np.concatenate([[0], np.cumsum(upper)])
+                kernel.magnitude_counts(chunk.models[model], chunk.base, None, tables)
+        below = np.concatenate([[0], np.cumsum(tables.sum(0))])
         lower: dict[int, np.ndarray] = {}
         self.found: list[tuple[int, int]] = []  # (bits, how many are smaller)
         for place in places:
             prefix = int(np.searchsorted(below, place, side="right")) - 1
             if prefix not in lower:
-                lower[prefix] = np.zeros(1 << LOW_BITS, dtype=np.int64)
+                lower[prefix] = np.zeros((2, 1 << LOW_BITS), dtype=np.int64)
                 for inputs in pieces:
                     for chunk in inputs.chunks():
                         kernel.magnitude_counts(chunk.models[model], chunk.base, prefix, lower[prefix])
-            smaller = below[prefix] + np.concatenate([[0], np.cumsum(lower[prefix])])
+            smaller = below[prefix] + np.concatenate([[0], np.cumsum(lower[prefix].sum(0))])
             low = int(np.searchsorted(smaller, place, side="right")) - 1
             self.found.append((prefix << LOW_BITS | low, int(smaller[low])))
 
@@ -115,6 +115,8 @@ def _selects(inputs: Inputs, p: Params, kind: str) -> list[Select]:
                     f"between 0 and 1; density is {density} and epsilon {epsilon}."
                 )
             select = Select("ranked", density=density, epsilon=epsilon, key=inputs.random_key(i))
+            if p["rescale"] and inputs.numel * len(inputs.models) / 8 <= inputs.spare:
+                select.masks = {}  # made once, for the sums and for the result
         if p["rescale"] and select.kind not in ("all", "none"):
             select.scale = _scale(inputs, i, select, p)
         selects.append(select)

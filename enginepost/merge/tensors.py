@@ -77,6 +77,7 @@ class Inputs:
         models: tensors of one shape, without the base; base: the base's, or None.
         keys: what names each model in the random masks (its place in the recipe).
         chunk: most elements of a chunk.
+        spare: bytes that a method may keep between its passes, besides chunks.
         rows: whether chunks hold whole rows; columns: length of a row.
         shared: facts about the whole model that a method asked for (see `Method.survey`).
     """
@@ -87,6 +88,7 @@ class Inputs:
     seed: int = 0
     keys: Sequence[str] = ()
     chunk: int = CHUNK
+    spare: float = 0.0
     rows: bool = False
     shared: dict = field(default_factory=dict)
     columns: int = 0
