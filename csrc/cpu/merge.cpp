@@ -243,8 +243,13 @@ static inline void keep_tile(ep_merge_select &s, const int32_t *mask, const floa
     return;
   }
   if (s.kind == EP_SELECT_BITS) {
-    for (int j = 0; j < n; j++) keep[j] = (uint32_t(mask[(at + j) >> 5]) >> ((at + j) & 31)) & 1 ? 1.f : 0.f;
-    for (int j = n; j < TILE; j++) keep[j] = 0.f;
+    for (int from = 0; from < TILE; from += 32) {
+      const int64_t word = (at + from) >> 5, shift = (at + from) & 31, last = (at + n - 1) >> 5;
+      uint32_t bits = word <= last ? uint32_t(mask[word]) >> shift : 0;
+      if (shift != 0 && word < last) bits |= uint32_t(mask[word + 1]) << (32 - shift);
+      if (n - from < 32) bits &= n > from ? (1u << (n - from)) - 1 : 0;
+      for (int j = 0; j < 32; j++) keep[from + j] = float((bits >> j) & 1);
+    }
     return;
   }
   int32_t bits[TILE];
@@ -299,56 +304,98 @@ void merge_masked_sums(const MergeMaskedSums &a) {
   }
 }
 
-// Ranks are needed only where the draw falls between the limits of the lowest and highest rank that an element can have, given how
-// many elements of the row have smaller upper 12 bits. Those few are ranked among their equals; zeros are counted as they come.
+// Ranks are needed only where the draw falls between the limits of the lowest and the highest rank that an element can have, given
+// how many elements of the row have smaller upper 15 bits (its slot). Those few are ranked among their equals: by a scan of the row
+// if they are very few, else after the row was sorted into its slots. Slot 0 is for zeros, of which fine-tunes have many, and the
+// others begin with that of the smallest element, so that the slots in use are those of a few octaves. No loop over a row has a
+// branch.
 void merge_rank_mask(const MergeRankMask &a) {
-  constexpr int BUCKETS = 4096, SHIFT = 19;
+  constexpr int SLOTS = 32768, SHIFT = 16, SCAN = 10;
   const int64_t columns = a.columns;
-  int32_t *first = a.workspace, *place = first + BUCKETS + 1, *bits = place + BUCKETS, *order = bits + columns + TILE,
-          *open = order + columns;
+  int32_t *first = a.workspace, *place = first + SLOTS + 2, *surely = place + SLOTS + 1, *maybe = surely + SLOTS + 1,
+          *bits = maybe + SLOTS + 1, *slot = bits + columns + TILE, *order = slot + columns, *open = order + columns;
   uint32_t draw[TILE];
   float d[TILE];
   std::memset(a.mask, 0, size_t((a.size + 31) / 32) * 4);
   for (int64_t row = 0; row + columns <= a.size; row += columns) {
-    int32_t least = 0x7fffffff, most = 0;
     for (int64_t at = 0; at < columns; at += TILE) {
       const int n = int(columns - at < TILE ? columns - at : TILE);
       load_delta(a.x, a.base, row + at, n, d);
       magnitude_bits(d, bits + at);
     }
+    uint32_t least = 0xffffffffu, most = 0;
     for (int64_t j = 0; j < columns; j++) {
-      least = bits[j] < least ? bits[j] : least;
-      most = bits[j] > most ? bits[j] : most;
+      const uint32_t mine = uint32_t(bits[j]) >> SHIFT, counted = mine - 1;  // zero is not the smallest
+      least = counted < least ? counted : least;
+      most = mine > most ? mine : most;
     }
-    const int lo = least >> SHIFT, hi = most >> SHIFT;
-    for (int b = lo; b <= hi + 1; b++) first[b] = 0;
-    for (int64_t j = 0; j < columns; j++) first[(bits[j] >> SHIFT) + 1]++;
-    first[lo] = 0;
-    for (int b = lo; b <= hi; b++) first[b + 1] += first[b];
-    int32_t zeros = 0;
+    const int32_t before = most == 0 ? 0 : int32_t(least);  // the slot of b is b - before, 0 if that is negative
+    const int32_t slots = int32_t(most) - before + 1;
+    for (int64_t j = 0; j < columns; j++) {
+      const int32_t s = (bits[j] >> SHIFT) - before;
+      slot[j] = s > 0 ? s : 0;
+      bits[j] = s > 0 ? bits[j] : 0;  // magnitudes below 2^-133 count as zero
+    }
+    for (int s = 0; s <= slots; s++) first[s] = 0;
+    for (int64_t j = 0; j < columns; j++) first[slot[j] + 1]++;
+    for (int s = 0; s < slots; s++) {
+      first[s + 1] += first[s];
+      surely[s] = int32_t(uint32_t(a.limits[first[s] < columns ? first[s] : columns - 1]));
+      maybe[s] = int32_t(uint32_t(a.limits[first[s + 1] > 0 ? first[s + 1] - 1 : 0]));
+    }
     int64_t waiting = 0;
     for (int64_t at = 0; at < columns; at += TILE) {
       const int n = int(columns - at < TILE ? columns - at : TILE);
       random_tile(a.key, a.start + row + at, n, draw);
-      for (int j = 0; j < n; j++) {
-        const int b = bits[at + j] >> SHIFT;
-        int64_t low = a.limits[first[b]], high = a.limits[first[b + 1] - 1];
-        if (bits[at + j] == 0) low = high = a.limits[zeros++];
-        const int64_t u = draw[j], i = row + at + j;
-        a.mask[i >> 5] |= int32_t(uint32_t(u < low) << (i & 31));
-        open[waiting] = int32_t(at + j);
-        waiting += u >= low && u < high;
+      for (int from = 0; from < n; from += 32) {
+        const int count = n - from < 32 ? n - from : 32;
+        uint32_t word = 0;
+        for (int j = 0; j < count; j++) {
+          const int32_t s = slot[at + from + j];
+          const uint32_t u = draw[from + j], low = uint32_t(surely[s]), high = uint32_t(maybe[s]);
+          word |= uint32_t(u < low) << j;
+          open[waiting] = int32_t(at + from + j);
+          waiting += (u >= low) & (u < high);
+        }
+        const int64_t i = row + at + from, shift = i & 31;
+        a.mask[i >> 5] |= int32_t(word << shift);
+        if (shift != 0 && (word >> (32 - shift)) != 0) a.mask[(i >> 5) + 1] |= int32_t(word >> (32 - shift));
       }
     }
-    if (waiting == 0) continue;
-    for (int b = lo; b <= hi; b++) place[b] = first[b];
-    for (int64_t j = 0; j < columns; j++) order[place[bits[j] >> SHIFT]++] = int32_t(j);
+    const bool sorted = waiting > SCAN;
+    if (sorted) {
+      for (int s = 0; s < slots; s++) place[s] = first[s];
+      for (int64_t j = 0; j < columns; j++) order[place[slot[j]]++] = int32_t(j);
+      for (int s = 0; s < slots; s++) place[s] = 0;  // from here: 0 = not looked at, 1 = all equal, 2 = not
+    }
     for (int64_t w = 0; w < waiting; w++) {
-      const int32_t j = open[w], mine = bits[j], b = mine >> SHIFT;
-      int32_t rank = first[b];
-      for (int32_t k = first[b]; k < first[b + 1]; k++) {
-        const int32_t other = bits[order[k]];
-        rank += other < mine || (other == mine && order[k] < j);
+      const int32_t j = open[w], mine = bits[j], s = slot[j];
+      int32_t rank = 0;
+      if (!sorted) {
+        for (int32_t k = 0; k < j; k++) rank += bits[k] <= mine;
+        for (int64_t k = j; k < columns; k++) rank += bits[k] < mine;
+      } else {
+        const int32_t *from = order + first[s], *end = order + first[s + 1];
+        if (place[s] == 0) {
+          int32_t differ = 0;
+          for (const int32_t *k = from; k < end; k++) differ |= bits[*k] ^ mine;
+          place[s] = differ == 0 ? 1 : 2;
+        }
+        if (place[s] == 1) {  // as many as come before it
+          const int32_t *low = from, *high = end;
+          while (low < high) {
+            const int32_t *middle = low + (high - low) / 2;
+            if (*middle < j) {
+              low = middle + 1;
+            } else {
+              high = middle;
+            }
+          }
+          rank = int32_t(low - order);
+        } else {
+          rank = first[s];
+          for (const int32_t *k = from; k < end; k++) rank += (bits[*k] < mine) | ((bits[*k] == mine) & (*k < j));
+        }
       }
       random_tile(a.key, a.start + row + j, 1, draw);
       const int64_t i = row + j;
@@ -541,7 +588,7 @@ extern "C" int ep_merge_masked_sums(const DLTensor *x, const DLTensor *base, ep_
   return EP_OK;
 }
 
-extern "C" int64_t ep_merge_rank_mask_workspace_bytes(int64_t columns) { return 4 * (2 * 4096 + 1 + 256 + 3 * columns + 8); }
+extern "C" int64_t ep_merge_rank_mask_workspace_bytes(int64_t columns) { return 4 * (4 * (32768 + 2) + 256 + 4 * columns + 8); }
 
 extern "C" int ep_merge_rank_mask(const DLTensor *x, const DLTensor *base, const DLTensor *limits, uint64_t key, int64_t start,
                                   const DLTensor *mask, void *workspace) {
@@ -553,6 +600,11 @@ extern "C" int ep_merge_rank_mask(const DLTensor *x, const DLTensor *base, const
   EP_VIEW(mv, mask, 1, I32);
   EP_REQUIRE(lv.size >= 1 && lv.size < (int64_t(1) << 31) && a.size % lv.size == 0, "%s: %lld elements are no rows of %lld", fn,
              (long long)a.size, (long long)lv.size);
+  for (int64_t i = 0; i < lv.size; i++) {
+    const int64_t limit = reinterpret_cast<const int64_t *>(lv.data)[i];
+    EP_REQUIRE(limit >= 0 && limit < (int64_t(1) << 32), "%s: limits[%lld] is %lld; 0 to 2^32 - 1 are taken", fn, (long long)i,
+               (long long)limit);
+  }
   EP_REQUIRE(mv.size == (a.size + 31) / 32, "%s: mask has %lld words for %lld elements", fn, (long long)mv.size, (long long)a.size);
   EP_REQUIRE(workspace != nullptr, "%s: workspace is missing", fn);
   a.columns = lv.size;

@@ -189,6 +189,7 @@ def keep_mask(x: Tensor, base: Tensor, select: Select, start: int, columns: int)
             keep |= low & (low_index >= select.low_skip) | high & (high_index < select.high_keep)
         select.seen = (select.seen[0] + int(low.sum()), select.seen[1] + int(high.sum()))
         return keep
+    bits = torch.where(bits < 1 << 16, 0, bits)  # magnitudes below 2^-133 rank as zeros
     order = torch.argsort(bits.view(-1, columns), dim=1, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(columns).expand_as(order))
     limit = rank_limits(select, columns)[rank.numpy().reshape(-1)]
@@ -200,9 +201,9 @@ def rank_limits(select: Select, columns: int) -> np.ndarray:
 
     DELLA (arXiv 2406.11617): probabilities run linearly from density - epsilon to density + epsilon. A row of one has the middle."""
     if columns == 1:
-        return np.array([draw_limit(select.density)], dtype=np.uint64)
+        return np.array([min(draw_limit(select.density), 0xFFFFFFFF)], dtype=np.uint64)
     p = (select.density - select.epsilon) + np.arange(columns) / (columns - 1) * (2 * select.epsilon)
-    return np.clip(np.rint(p * 2.0**32), 0, 2.0**32).astype(np.uint64)
+    return np.clip(np.rint(p * 2.0**32), 0, 2.0**32 - 1).astype(np.uint64)
 
 
 def task_sum(

@@ -20,10 +20,11 @@ import torch
 
 from enginepost.checkpoint import Checkpoint, copy_side_files, fuse, write_bytes, write_json
 from enginepost.checkpoint.atomic import make_directory
+from enginepost.errors import EnginepostError
 from enginepost.merge import card
 from enginepost.merge.executor import Limits, Progress, execute, limits
 from enginepost.merge.models import Model, locate, open_model, set_layers, text_config
-from enginepost.merge.output import Output, discard, partial_directory, read_journal
+from enginepost.merge.output import DiskError, Output, discard, partial_directory, read_journal
 from enginepost.merge.plan import Task, make_tasks
 from enginepost.merge.recipe import ModelRef, Recipe, read_recipes
 from enginepost.merge.registry import MergeError
@@ -206,8 +207,8 @@ def _merge_one(
             progress,
             report,
         )
-    except MergeError:
-        if not _journal_has_tensors(partial, fingerprint):
+    except EnginepostError as error:
+        if not isinstance(error, DiskError) or not read_journal(partial, fingerprint):
             discard(directory)
         raise
     report.seconds = time.perf_counter() - started
@@ -314,10 +315,6 @@ def _made(directory: Path, fingerprint: str) -> bool:
         return bool(json.loads((directory / RECORD).read_text(encoding="utf-8"))["fingerprint"] == fingerprint)
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def _journal_has_tensors(partial: Path, fingerprint: str) -> bool:
-    return bool(read_journal(partial, fingerprint))
 
 
 def _check_output(directory: Path, places: Mapping[ModelRef, tuple[Path, Path | None]], dry_run: bool) -> None:
