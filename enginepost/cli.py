@@ -237,6 +237,7 @@ _FAMILIES = {
     "rope": "rotary position embedding",
     "glu": "SwiGLU and GeGLU",
     "adamw": "AdamW over many tensors, global gradient norm",
+    "merge": "weighted sums, task vectors trimmed, drawn and elected, for merging models",
 }
 
 

@@ -1,4 +1,4 @@
-"""Kernel families, one module each: `attention`, `linear_logprob`, `lora`, `norm`, `rope`, `glu`, `adamw`.
+"""Kernel families, one module each: `attention`, `linear_logprob`, `lora`, `norm`, `rope`, `glu`, `adamw`, `merge`.
 
 Every module holds the reference (plain PyTorch, the maths as one reads it), the torch op with its autograd, and the dispatch
 to the native kernels. `enginepost.kernels.backend` says which backend runs.

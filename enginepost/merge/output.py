@@ -198,10 +198,7 @@ def _size(path: Path) -> int:
         return -1
 
 
-try:
-    _sync_file_range = ctypes.CDLL(None, use_errno=True).sync_file_range
-except (AttributeError, OSError):  # not Linux
-    _sync_file_range = None
+_sync_file_range: Any = getattr(ctypes.CDLL(None), "sync_file_range", None)  # Linux has it
 
 
 def _start_writing(handle: int, offset: int, size: int) -> None:

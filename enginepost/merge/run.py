@@ -208,7 +208,7 @@ def _merge_one(
             report,
         )
     except EnginepostError as error:
-        if not isinstance(error, DiskError) or not read_journal(partial, fingerprint):
+        if not dry_run and not (isinstance(error, DiskError) and read_journal(partial, fingerprint)):
             discard(directory)
         raise
     report.seconds = time.perf_counter() - started
