@@ -68,17 +68,17 @@ def main() -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    started = time.perf_counter()
+    started, busy = time.perf_counter(), time.process_time()
     if kind == "ours":
         merge(recipe, out, threads=threads)
     elif kind == "mergekit":
         run_merge(config, out, options)
     else:
         copy(sys.argv[5:], out, threads)
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, time.process_time() - busy
     done.set()
     watcher.join()
-    print(json.dumps({"seconds": seconds, "peak": peak[0]}))
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": peak[0]}))
 
 
 if __name__ == "__main__":
