@@ -15,6 +15,7 @@
 #include "enginepost/glu.h"
 #include "enginepost/linear_logprob.h"
 #include "enginepost/matmul.h"
+#include "enginepost/merge.h"
 #include "enginepost/nf4.h"
 #include "enginepost/norm.h"
 #include "enginepost/rope.h"
@@ -75,6 +76,42 @@ void *scratch(int64_t bytes) {
   }
   return block.get();
 }
+
+// A list of tensors; the capsules live as long as this does.
+struct Args {
+  explicit Args(const py::list &list) {
+    for (const auto &o : list) args.emplace_back(py::reinterpret_borrow<py::object>(o));
+    for (const Arg &a : args) tensors.push_back(a);
+  }
+  std::vector<Arg> args;
+  std::vector<const DLTensor *> tensors;
+};
+
+// How enginepost/kernels/merge.py passes a selection: (kind, low, high, low_skip, high_keep, seen_low, seen_high, key, limit,
+// scale, weight, mask).
+struct Selects {
+  explicit Selects(const py::list &list)
+      : args([&] {
+          py::list masks;
+          for (const auto &o : list) masks.append(py::reinterpret_borrow<py::tuple>(o)[11]);
+          return masks;
+        }()) {
+    size_t i = 0;
+    for (const auto &o : list) {
+      const py::tuple t = py::reinterpret_borrow<py::tuple>(o);
+      selects.push_back({t[0].cast<int32_t>(), t[1].cast<int32_t>(), t[2].cast<int32_t>(), t[3].cast<int64_t>(),
+                         t[4].cast<int64_t>(), t[5].cast<int64_t>(), t[6].cast<int64_t>(), t[7].cast<uint64_t>(),
+                         t[8].cast<uint64_t>(), t[9].cast<float>(), t[10].cast<float>(), args.tensors[i++]});
+    }
+  }
+  py::list seen() const {
+    py::list out;
+    for (const auto &s : selects) out.append(py::make_tuple(s.seen_low, s.seen_high));
+    return out;
+  }
+  Args args;
+  std::vector<ep_merge_select> selects;
+};
 
 }  // namespace
 
@@ -148,6 +185,64 @@ PYBIND11_MODULE(_core, m) {
     }
     ep_attention_params p{causal, window, softcap, scale};
     run([&] { return ep_attention_backward(a, b, c, d, e, f, g, h, i, j, l, n, p, scratch(bytes), nullptr); });
+  });
+
+  m.def("merge_weighted_sum", [](const py::list &x, const py::list &factors, O out) {
+    Args a(x);
+    Arg b(out);
+    std::vector<double> weights;
+    for (const auto &w : factors) weights.push_back(w.cast<double>());
+    if (weights.size() != a.tensors.size()) throw py::value_error("merge_weighted_sum: one weight a tensor is needed");
+    run([&] { return ep_merge_weighted_sum(a.tensors.data(), weights.data(), int(weights.size()), b); });
+  });
+  m.def("merge_gram", [](const py::list &x, O base) {
+    Args a(x);
+    Arg b(base);
+    std::vector<double> total(a.tensors.size() * a.tensors.size());
+    run([&] { return ep_merge_gram(a.tensors.data(), int(a.tensors.size()), b, total.data()); });
+    py::list out;
+    for (double t : total) out.append(t);
+    return out;
+  });
+  m.def("merge_magnitude_counts", [](O x, O base, int prefix, O counts) {
+    Arg a(x), b(base), c(counts);
+    if (c.rank() != 2 || c->shape[0] != 2 || c->shape[1] != (prefix < 0 ? 65536 : 32768) || c->dtype.bits != 64) {
+      throw py::value_error("merge_magnitude_counts: counts must be int64 [2, 65536], or [2, 32768] with a prefix");
+    }
+    run([&] { return ep_merge_magnitude_counts(a, b, prefix, static_cast<int64_t *>(c->data)); });
+  });
+  m.def("merge_masked_sums", [](O x, O base, const py::list &select, int64_t start, int64_t block) {
+    Arg a(x), b(base);
+    Selects s(select);
+    double total[2] = {};
+    run([&] { return ep_merge_masked_sums(a, b, s.selects.data(), start, block, total); });
+    return py::make_tuple(total[0], total[1], s.seen());
+  });
+  m.def("merge_rank_mask", [](O x, O base, O limits, uint64_t key, int64_t start, O mask) {
+    Arg a(x), b(base), c(limits), d(mask);
+    const int64_t bytes = c.rank() == 1 ? ep_merge_rank_mask_workspace_bytes(c->shape[0]) : 0;
+    run([&] { return ep_merge_rank_mask(a, b, c, key, start, d, scratch(bytes)); });
+  });
+  m.def("merge_task_sum", [](O base, const py::list &x, const py::list &selects, bool elect, bool normalize, int zero_sign,
+                             double scale, int64_t start, O out) {
+    Arg a(base), b(out);
+    Args c(x);
+    Selects s(selects);
+    if (s.selects.size() != c.tensors.size()) throw py::value_error("merge_task_sum: one selection a tensor is needed");
+    int64_t signs = 0;
+    const ep_merge_task_params p{elect, normalize, zero_sign, float(scale), start};
+    run([&] { return ep_merge_task_sum(a, c.tensors.data(), s.selects.data(), int(c.tensors.size()), p, b, &signs); });
+    return py::make_tuple(signs, s.seen());
+  });
+  m.def("merge_nonfinite", [](O x) {
+    Arg a(x);
+    int64_t count = 0;
+    run([&] { return ep_merge_nonfinite(a, &count); });
+    return count;
+  });
+  m.def("merge_random", [](uint64_t key, int64_t start, O out) {
+    Arg a(out);
+    run([&] { return ep_merge_random(key, start, a); });
   });
 
   m.def("rope", [](O x, O cos, O sin, O y, int64_t heads, bool inverse) {

@@ -114,6 +114,46 @@ def fuse(
 
 @app.command(
     epilog=_example(
+        "enginepost merge examples/recipes/merge_dare_ties.yaml models/merged",
+        "enginepost merge recipe.yaml models/merged --dry-run",
+    )
+)
+def merge(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE.YAML", help="A mergekit recipe.")],
+    out: Annotated[str, typer.Argument(help="The directory to write; new or empty.")],
+    seed: Annotated[int, typer.Option(help="Of the random masks of dare and della.")] = 0,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Tensors in work at once; default: one a core, 8 at most.")
+    ] = None,
+    memory: Annotated[float, typer.Option(min=1, help="Private memory for the work, in MB.")] = 512,
+    shard: Annotated[float, typer.Option(min=0.001, help="Most GB in a weights file.")] = 5,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")
+    ] = False,
+) -> None:
+    """Merge models as a mergekit recipe says; run it again after an interruption and it goes on where it was."""
+    from enginepost.merge.executor import Bar
+    from enginepost.merge.run import merge
+
+    with contextlib.nullcontext() if dry_run else Bar() as bar:
+        reports = merge(
+            recipe,
+            out,
+            seed=seed,
+            threads=threads,
+            memory=memory * 1e6,
+            shard_bytes=shard * 1e9,
+            dry_run=dry_run,
+            progress=bar,
+        )
+    for report in reports:
+        for note in report.notes:
+            typer.secho(f"note: {note}", fg="yellow")
+        typer.echo(report.text(dry_run))
+
+
+@app.command(
+    epilog=_example(
         "enginepost quantize models/SmolLM2-135M models/SmolLM2-135M-4bit",
         "enginepost quantize MODEL OUT --double --skip down_proj",
     )

@@ -1,4 +1,4 @@
-"""Kernel families, one module each: `attention`, `linear_logprob`, `lora`, `norm`, `rope`, `glu`, `adamw`, `nf4`, `matmul`.
+"""Kernel families, one module each: `attention`, `linear_logprob`, `lora`, `norm`, `rope`, `glu`, `adamw`, `nf4`, `merge`, `matmul`.
 
     from enginepost import kernels
     out, lse = kernels.attention(q, k, v, cu_seqlens)     # torch tensors, or anything with __dlpack__: numpy, jax

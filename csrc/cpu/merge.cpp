@@ -1,0 +1,660 @@
+// Merging: every function goes through its inputs in tiles of 256 floats that stay in the first-level cache; loops over a tile have
+// no branches, so the compiler turns them into vector code for each instruction set. Sums are double over eight lanes in a fixed
+// order, and nothing contracts a*b + c, so results are the same bits everywhere.
+#include "enginepost/merge.h"
+
+#include <cstring>
+
+#include "isa.h"
+#include "parallel.h"
+#include "simd.h"
+#include "tensor.h"
+
+namespace ep {
+constexpr int TILE = 256;
+constexpr int64_t SUM_BLOCK = 65536;
+struct Piece {
+  const char *data;
+  bool bf16;
+};
+struct MergeWeightedSum {
+  Piece x[EP_MERGE_MAX_INPUTS];
+  float weight[EP_MERGE_MAX_INPUTS];
+  int count;
+  char *out;
+  bool out_bf16;
+  int64_t size;
+};
+struct MergeGram {
+  Piece x[EP_MERGE_MAX_INPUTS], base;
+  int count;
+  int64_t size;
+  double *total;
+};
+struct MergeCounts {
+  Piece x, base;
+  int64_t size;
+  int prefix;
+  int64_t *counts;
+};
+struct MergeMaskedSums {
+  Piece x, base;
+  int64_t size, start, block;
+  ep_merge_select *select;
+  const int32_t *mask;
+  double *total;
+};
+struct MergeRankMask {
+  Piece x, base;
+  int64_t size, start, columns;
+  const int64_t *limits;
+  uint64_t key;
+  int32_t *mask, *workspace;
+};
+struct MergeTaskSum {
+  Piece x[EP_MERGE_MAX_INPUTS], base;
+  const int32_t *mask[EP_MERGE_MAX_INPUTS];
+  ep_merge_select *select;
+  int count;
+  ep_merge_task_params p;
+  char *out;
+  bool out_bf16;
+  int64_t size;
+  float divisor;  // without election
+  int64_t *signs;
+};
+struct MergeNonfinite {
+  Piece x;
+  int64_t size, *count;
+};
+struct MergeRandom {
+  uint64_t key;
+  int64_t start, size;
+  int32_t *out;
+};
+}  // namespace ep
+
+EP_KERNEL(merge_weighted_sum, MergeWeightedSum)
+EP_KERNEL(merge_gram, MergeGram)
+EP_KERNEL(merge_counts, MergeCounts)
+EP_KERNEL(merge_masked_sums, MergeMaskedSums)
+EP_KERNEL(merge_rank_mask, MergeRankMask)
+EP_KERNEL(merge_task_sum, MergeTaskSum)
+EP_KERNEL(merge_nonfinite, MergeNonfinite)
+EP_KERNEL(merge_random, MergeRandom)
+
+#ifndef EP_API
+
+namespace ep {
+namespace EP_ISA {
+
+// Elements [at, at + n) as floats; the rest of the tile becomes 0.
+static inline void load_tile(const Piece &p, int64_t at, int n, float *out) {
+  if (p.bf16) {
+    const bf16 *x = reinterpret_cast<const bf16 *>(p.data) + at;
+    each(n, [&](int64_t j, int m) { put(out + j, get(x + j, m), m); });
+  } else {
+    const float *x = reinterpret_cast<const float *>(p.data) + at;
+    each(n, [&](int64_t j, int m) { put(out + j, get(x + j, m), m); });
+  }
+  for (int j = n; j < TILE; j++) out[j] = 0.f;
+}
+
+static inline void store_tile(char *out, bool to_bf16, int64_t at, int n, const float *x) {
+  if (to_bf16) {
+    bf16 *y = reinterpret_cast<bf16 *>(out) + at;
+    each(n, [&](int64_t j, int m) { put(y + j, get(x + j, m), m); });
+  } else {
+    std::memcpy(reinterpret_cast<float *>(out) + at, x, size_t(n) * 4);
+  }
+}
+
+static inline void load_delta(const Piece &x, const Piece &base, int64_t at, int n, float *d) {
+  load_tile(x, at, n, d);
+  if (base.data == nullptr) return;
+  float b[TILE];
+  load_tile(base, at, n, b);
+  for (int j = 0; j < TILE; j++) d[j] -= b[j];
+}
+
+static inline void magnitude_bits(const float *d, int32_t *bits) {
+  std::memcpy(bits, d, TILE * 4);
+  for (int j = 0; j < TILE; j++) bits[j] &= 0x7fffffff;
+}
+
+static inline uint64_t block_key(uint64_t key, uint64_t block) {
+  uint64_t z = key + (block + 1) * 0x9E3779B97F4A7C15ull;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  return z ^ (z >> 31);
+}
+static inline uint32_t mix(uint32_t h) {
+  h = (h ^ (h >> 16)) * 0x7FEB352Du;
+  h = (h ^ (h >> 15)) * 0x846CA68Bu;
+  return h ^ (h >> 16);
+}
+
+// Draws of elements first .. first + n.
+static inline void random_tile(uint64_t key, int64_t first, int n, uint32_t *out) {
+  int done = 0;
+  while (done < n) {
+    const uint64_t index = uint64_t(first + done), z = block_key(key, index >> 16);
+    const uint32_t k0 = uint32_t(z), k1 = uint32_t(z >> 32), low = uint32_t(index & 0xffff);
+    const int left = int(65536 - low), count = n - done < left ? n - done : left;
+    uint32_t *o = out + done;
+    for (int j = 0; j < count; j++) o[j] = mix(mix(k0 ^ ((low + uint32_t(j)) * 0x9E3779B9u)) + k1);
+    done += count;
+  }
+}
+
+void merge_weighted_sum(const MergeWeightedSum &a) {
+  float x[TILE], total[TILE];
+  for (int64_t at = 0; at < a.size; at += TILE) {
+    const int n = int(a.size - at < TILE ? a.size - at : TILE);
+    load_tile(a.x[0], at, n, total);
+    for (int j = 0; j < TILE; j++) total[j] *= a.weight[0];
+    for (int i = 1; i < a.count; i++) {
+      const float w = a.weight[i];
+      load_tile(a.x[i], at, n, x);
+      for (int j = 0; j < TILE; j++) total[j] += x[j] * w;
+    }
+    store_tile(a.out, a.out_bf16, at, n, total);
+  }
+}
+
+// sum of x y over a tile: eight lanes of double
+static inline double dot_tile(const float *x, const float *y) {
+  double lane[8] = {};
+  for (int j = 0; j < TILE; j += 8) {
+    for (int l = 0; l < 8; l++) lane[l] += double(x[j + l]) * double(y[j + l]);
+  }
+  return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+}
+static inline double sum_tile(const float *x) {
+  double lane[8] = {};
+  for (int j = 0; j < TILE; j += 8) {
+    for (int l = 0; l < 8; l++) lane[l] += double(x[j + l]);
+  }
+  return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+}
+
+void merge_gram(const MergeGram &a) {
+  float d[EP_MERGE_MAX_INPUTS][TILE];
+  double part[EP_MERGE_MAX_INPUTS * EP_MERGE_MAX_INPUTS];
+  for (int64_t block = 0; block < a.size; block += SUM_BLOCK) {
+    const int64_t end = a.size - block < SUM_BLOCK ? a.size : block + SUM_BLOCK;
+    for (int i = 0; i < a.count * a.count; i++) part[i] = 0;
+    for (int64_t at = block; at < end; at += TILE) {
+      const int n = int(end - at < TILE ? end - at : TILE);
+      for (int i = 0; i < a.count; i++) {
+        load_delta(a.x[i], a.base, at, n, d[i]);
+        for (int j = 0; j <= i; j++) part[i * a.count + j] += dot_tile(d[i], d[j]);
+      }
+    }
+    for (int i = 0; i < a.count; i++) {
+      for (int j = 0; j <= i; j++) {
+        a.total[i * a.count + j] += part[i * a.count + j];
+        if (i != j) a.total[j * a.count + i] += part[i * a.count + j];
+      }
+    }
+  }
+}
+
+void merge_counts(const MergeCounts &a) {
+  float d[TILE];
+  int32_t bits[TILE];
+  const int64_t table = a.prefix < 0 ? 65536 : 32768;
+  int64_t *even = a.counts, *odd = a.counts + table;
+  for (int64_t at = 0; at < a.size; at += TILE) {
+    const int n = int(a.size - at < TILE ? a.size - at : TILE);
+    load_delta(a.x, a.base, at, n, d);
+    magnitude_bits(d, bits);
+    if (a.prefix < 0) {
+      int j = 0;
+      for (; j + 2 <= n; j += 2) {
+        even[bits[j] >> 15]++;
+        odd[bits[j + 1] >> 15]++;
+      }
+      if (j < n) even[bits[j] >> 15]++;
+      continue;
+    }
+    for (int j = 0; j < n; j++) {
+      if ((bits[j] >> 15) == a.prefix) (j & 1 ? odd : even)[bits[j] & 0x7fff]++;
+    }
+  }
+}
+
+// keep[j] = 1 or 0 for a tile of a task vector d whose first element is element `at` of the piece and `index` of the tensor.
+static inline void keep_tile(ep_merge_select &s, const int32_t *mask, const float *d, int64_t at, int64_t index, int n,
+                             float *keep) {
+  if (s.kind == EP_SELECT_ALL || s.kind == EP_SELECT_NONE) {
+    for (int j = 0; j < TILE; j++) keep[j] = s.kind == EP_SELECT_ALL ? 1.f : 0.f;
+    return;
+  }
+  if (s.kind == EP_SELECT_RANDOM) {
+    uint32_t draw[TILE] = {};
+    random_tile(s.key, index, n, draw);
+    if (s.limit > 0xffffffffu) {
+      for (int j = 0; j < TILE; j++) keep[j] = 1.f;
+    } else {
+      const uint32_t limit = uint32_t(s.limit);
+      for (int j = 0; j < TILE; j++) keep[j] = draw[j] < limit ? 1.f : 0.f;
+    }
+    return;
+  }
+  if (s.kind == EP_SELECT_BITS) {
+    for (int from = 0; from < TILE; from += 32) {
+      const int64_t word = (at + from) >> 5, shift = (at + from) & 31, last = (at + n - 1) >> 5;
+      uint32_t bits = word <= last ? uint32_t(mask[word]) >> shift : 0;
+      if (shift != 0 && word < last) bits |= uint32_t(mask[word + 1]) << (32 - shift);
+      if (n - from < 32) bits &= n > from ? (1u << (n - from)) - 1 : 0;
+      for (int j = 0; j < 32; j++) keep[from + j] = float((bits >> j) & 1);
+    }
+    return;
+  }
+  int32_t bits[TILE];
+  magnitude_bits(d, bits);
+  int32_t lows = 0, highs = 0;
+  for (int j = 0; j < TILE; j++) {
+    lows += bits[j] == s.low;
+    highs += bits[j] == s.high;
+  }
+  for (int j = n; j < TILE; j++) {  // the padding is not there
+    lows -= bits[j] == s.low;
+    highs -= bits[j] == s.high;
+  }
+  const bool low_all = s.seen_low >= s.low_skip, low_none = s.seen_low + lows <= s.low_skip;
+  const bool high_all = s.seen_high + highs <= s.high_keep, high_none = s.seen_high >= s.high_keep;
+  if (s.low != s.high && (low_all || low_none) && (high_all || high_none)) {
+    // whole tile at once: low and high are in or out together
+    const int32_t above = low_all ? s.low - 1 : s.low, below = high_all && !high_none ? s.high : s.high - 1;
+    for (int j = 0; j < TILE; j++) keep[j] = (bits[j] > above) & (bits[j] <= below) ? 1.f : 0.f;
+    s.seen_low += lows;
+    s.seen_high += highs;
+    return;
+  }
+  for (int j = 0; j < n; j++) {
+    bool in = bits[j] > s.low && bits[j] < s.high;
+    if (bits[j] == s.low) in = s.seen_low++ >= s.low_skip && (s.low != s.high || s.seen_low <= s.high_keep);
+    if (bits[j] == s.high && s.low != s.high) in = s.seen_high++ < s.high_keep;
+    keep[j] = in ? 1.f : 0.f;
+  }
+  if (s.low == s.high) s.seen_high = s.seen_low;
+  for (int j = n; j < TILE; j++) keep[j] = 0.f;
+}
+
+void merge_masked_sums(const MergeMaskedSums &a) {
+  float d[TILE], keep[TILE];
+  for (int64_t block = 0; block < a.size; block += a.block) {
+    const int64_t end = a.size - block < a.block ? a.size : block + a.block;
+    double all = 0, kept = 0;
+    for (int64_t at = block; at < end; at += TILE) {
+      const int n = int(end - at < TILE ? end - at : TILE);
+      load_delta(a.x, a.base, at, n, d);
+      keep_tile(*a.select, a.mask, d, at, a.start + at, n, keep);
+      for (int j = 0; j < TILE; j++) {
+        d[j] = d[j] < 0 ? -d[j] : d[j];
+        keep[j] *= d[j];
+      }
+      all += sum_tile(d);
+      kept += sum_tile(keep);
+    }
+    a.total[0] += all;
+    a.total[1] += kept;
+  }
+}
+
+// Ranks are needed only where the draw falls between the limits of the lowest and the highest rank that an element can have, given
+// how many elements of the row have smaller upper 15 bits (its slot). Those few are ranked among their equals: by a scan of the row
+// if they are very few, else after the row was sorted into its slots. Slot 0 is for zeros, of which fine-tunes have many, and the
+// others begin with that of the smallest element, so that the slots in use are those of a few octaves. No loop over a row has a
+// branch.
+void merge_rank_mask(const MergeRankMask &a) {
+  constexpr int SLOTS = 32768, SHIFT = 16, SCAN = 10;
+  const int64_t columns = a.columns;
+  int32_t *first = a.workspace, *place = first + SLOTS + 2, *surely = place + SLOTS + 1, *maybe = surely + SLOTS + 1,
+          *bits = maybe + SLOTS + 1, *slot = bits + columns + TILE, *order = slot + columns, *open = order + columns;
+  uint32_t draw[TILE];
+  float d[TILE];
+  std::memset(a.mask, 0, size_t((a.size + 31) / 32) * 4);
+  for (int64_t row = 0; row + columns <= a.size; row += columns) {
+    for (int64_t at = 0; at < columns; at += TILE) {
+      const int n = int(columns - at < TILE ? columns - at : TILE);
+      load_delta(a.x, a.base, row + at, n, d);
+      magnitude_bits(d, bits + at);
+    }
+    uint32_t least = 0xffffffffu, most = 0;
+    for (int64_t j = 0; j < columns; j++) {
+      const uint32_t mine = uint32_t(bits[j]) >> SHIFT, counted = mine - 1;  // zero is not the smallest
+      least = counted < least ? counted : least;
+      most = mine > most ? mine : most;
+    }
+    const int32_t before = most == 0 ? 0 : int32_t(least);  // the slot of b is b - before, 0 if that is negative
+    const int32_t slots = int32_t(most) - before + 1;
+    for (int64_t j = 0; j < columns; j++) {
+      const int32_t s = (bits[j] >> SHIFT) - before;
+      slot[j] = s > 0 ? s : 0;
+      bits[j] = s > 0 ? bits[j] : 0;  // magnitudes below 2^-133 count as zero
+    }
+    for (int s = 0; s <= slots; s++) first[s] = 0;
+    for (int64_t j = 0; j < columns; j++) first[slot[j] + 1]++;
+    for (int s = 0; s < slots; s++) {
+      first[s + 1] += first[s];
+      surely[s] = int32_t(uint32_t(a.limits[first[s] < columns ? first[s] : columns - 1]));
+      maybe[s] = int32_t(uint32_t(a.limits[first[s + 1] > 0 ? first[s + 1] - 1 : 0]));
+    }
+    int64_t waiting = 0;
+    for (int64_t at = 0; at < columns; at += TILE) {
+      const int n = int(columns - at < TILE ? columns - at : TILE);
+      random_tile(a.key, a.start + row + at, n, draw);
+      for (int from = 0; from < n; from += 32) {
+        const int count = n - from < 32 ? n - from : 32;
+        uint32_t word = 0;
+        for (int j = 0; j < count; j++) {
+          const int32_t s = slot[at + from + j];
+          const uint32_t u = draw[from + j], low = uint32_t(surely[s]), high = uint32_t(maybe[s]);
+          word |= uint32_t(u < low) << j;
+          open[waiting] = int32_t(at + from + j);
+          waiting += (u >= low) & (u < high);
+        }
+        const int64_t i = row + at + from, shift = i & 31;
+        a.mask[i >> 5] |= int32_t(word << shift);
+        if (shift != 0 && (word >> (32 - shift)) != 0) a.mask[(i >> 5) + 1] |= int32_t(word >> (32 - shift));
+      }
+    }
+    const bool sorted = waiting > SCAN;
+    if (sorted) {
+      for (int s = 0; s < slots; s++) place[s] = first[s];
+      for (int64_t j = 0; j < columns; j++) order[place[slot[j]]++] = int32_t(j);
+      for (int s = 0; s < slots; s++) place[s] = 0;  // from here: 0 = not looked at, 1 = all equal, 2 = not
+    }
+    for (int64_t w = 0; w < waiting; w++) {
+      const int32_t j = open[w], mine = bits[j], s = slot[j];
+      int32_t rank = 0;
+      if (!sorted) {
+        for (int32_t k = 0; k < j; k++) rank += bits[k] <= mine;
+        for (int64_t k = j; k < columns; k++) rank += bits[k] < mine;
+      } else {
+        const int32_t *from = order + first[s], *end = order + first[s + 1];
+        if (place[s] == 0) {
+          int32_t differ = 0;
+          for (const int32_t *k = from; k < end; k++) differ |= bits[*k] ^ mine;
+          place[s] = differ == 0 ? 1 : 2;
+        }
+        if (place[s] == 1) {  // as many as come before it
+          const int32_t *low = from, *high = end;
+          while (low < high) {
+            const int32_t *middle = low + (high - low) / 2;
+            if (*middle < j) {
+              low = middle + 1;
+            } else {
+              high = middle;
+            }
+          }
+          rank = int32_t(low - order);
+        } else {
+          rank = first[s];
+          for (const int32_t *k = from; k < end; k++) rank += (bits[*k] < mine) | ((bits[*k] == mine) & (*k < j));
+        }
+      }
+      random_tile(a.key, a.start + row + j, 1, draw);
+      const int64_t i = row + j;
+      if (int64_t(draw[0]) < a.limits[rank]) a.mask[i >> 5] |= int32_t(1u << (i & 31));
+    }
+  }
+}
+
+void merge_task_sum(const MergeTaskSum &a) {
+  float b[TILE], keep[TILE], v[EP_MERGE_MAX_INPUTS][TILE], mixed[TILE], divisor[TILE], sign[TILE];
+  int64_t signs = 0;
+  for (int64_t at = 0; at < a.size; at += TILE) {
+    const int n = int(a.size - at < TILE ? a.size - at : TILE);
+    load_tile(a.base, at, n, b);
+    for (int i = 0; i < a.count; i++) {
+      ep_merge_select &s = a.select[i];
+      float *d = v[i];
+      load_tile(a.x[i], at, n, d);
+      for (int j = 0; j < TILE; j++) d[j] -= b[j];
+      const float scale = s.scale, weight = s.weight;
+      if (s.kind != EP_SELECT_ALL) {
+        keep_tile(s, a.mask[i], d, at, a.p.start + at, n, keep);
+        for (int j = 0; j < TILE; j++) d[j] = keep[j] != 0.f ? d[j] : 0.f;
+      }
+      for (int j = 0; j < TILE; j++) d[j] = (d[j] * scale) * weight;
+    }
+    for (int j = 0; j < TILE; j++) mixed[j] = v[0][j];
+    for (int i = 1; i < a.count; i++) {
+      for (int j = 0; j < TILE; j++) mixed[j] += v[i][j];
+    }
+    if (a.p.elect) {
+      const float at_zero = float(a.p.zero_sign);
+      int32_t up = 0, down = 0;
+      for (int j = 0; j < TILE; j++) {
+        up += mixed[j] > 0;
+        down += mixed[j] < 0;
+        sign[j] = mixed[j] > 0 ? 1.f : mixed[j] < 0 ? -1.f : at_zero;
+        mixed[j] = 0.f;
+        divisor[j] = 0.f;
+      }
+      signs += up - down;
+      for (int i = 0; i < a.count; i++) {
+        const float weight = a.select[i].weight;
+        for (int j = 0; j < TILE; j++) {
+          const bool in = v[i][j] * sign[j] > 0;
+          mixed[j] += in ? v[i][j] : 0.f;
+          divisor[j] += in ? weight : 0.f;
+        }
+      }
+      if (a.p.normalize) {
+        for (int j = 0; j < TILE; j++) mixed[j] /= divisor[j] == 0 ? 1.f : divisor[j];
+      }
+    } else if (a.p.normalize) {
+      for (int j = 0; j < TILE; j++) mixed[j] /= a.divisor;
+    }
+    for (int j = 0; j < TILE; j++) mixed[j] = b[j] + mixed[j] * a.p.scale;
+    store_tile(a.out, a.out_bf16, at, n, mixed);
+  }
+  *a.signs = signs;
+}
+
+void merge_nonfinite(const MergeNonfinite &a) {
+  int64_t total = 0;
+  for (int64_t from = 0; from < a.size; from += 4096) {
+    const int64_t count = a.size - from < 4096 ? a.size - from : 4096;
+    int32_t found = 0;
+    if (a.x.bf16) {
+      const uint16_t *x = reinterpret_cast<const uint16_t *>(a.x.data) + from;
+      for (int64_t j = 0; j < count; j++) found += (x[j] & 0x7f80) == 0x7f80;
+    } else {
+      const uint32_t *x = reinterpret_cast<const uint32_t *>(a.x.data) + from;
+      for (int64_t j = 0; j < count; j++) found += (x[j] & 0x7f800000u) == 0x7f800000u;
+    }
+    total += found;
+  }
+  *a.count = total;
+}
+
+void merge_random(const MergeRandom &a) {
+  for (int64_t at = 0; at < a.size; at += TILE) {
+    const int n = int(a.size - at < TILE ? a.size - at : TILE);
+    random_tile(a.key, a.start + at, n, reinterpret_cast<uint32_t *>(a.out) + at);
+  }
+}
+
+}  // namespace EP_ISA
+}  // namespace ep
+
+#else
+
+#include <cmath>
+
+using namespace ep;
+
+namespace {
+bool piece(Piece &out, const DLTensor *t, const char *fn, const char *name, int64_t size) {
+  Tensor v;
+  if (!view(v, t, fn, name, 1, FLOATS)) return false;
+  if (size >= 0 && v.size != size) {
+    fail(EP_INVALID_ARGUMENT, "%s: %s has %lld elements, expected %lld", fn, name, (long long)v.size, (long long)size);
+    return false;
+  }
+  out = {v.data, v.dtype == BF16};
+  return true;
+}
+// Several inputs of one length; returns it, or -1 after an error.
+int64_t pieces(Piece *out, const DLTensor *const *x, int count, const char *fn) {
+  if (count < 1 || count > EP_MERGE_MAX_INPUTS) {
+    fail(EP_INVALID_ARGUMENT, "%s: %d inputs; 1 to %d are taken", fn, count, int(EP_MERGE_MAX_INPUTS));
+    return -1;
+  }
+  int64_t size = -1;
+  for (int i = 0; i < count; i++) {
+    if (!piece(out[i], x[i], fn, "x", size)) return -1;
+    size = x[i]->shape[0];
+  }
+  return size;
+}
+// The mask of a select that has one.
+bool mask_of(const int32_t *&out, const ep_merge_select &s, int64_t size, const char *fn) {
+  out = nullptr;
+  if (s.kind < EP_SELECT_ALL || s.kind > EP_SELECT_BITS) {
+    fail(EP_INVALID_ARGUMENT, "%s: there is no selection of kind %d", fn, s.kind);
+    return false;
+  }
+  if (s.kind != EP_SELECT_BITS) return true;
+  Tensor v;
+  if (!view(v, s.mask, fn, "mask", 1, I32)) return false;
+  if (v.size != (size + 31) / 32) {
+    fail(EP_INVALID_ARGUMENT, "%s: mask has %lld words for %lld elements", fn, (long long)v.size, (long long)size);
+    return false;
+  }
+  out = reinterpret_cast<const int32_t *>(v.data);
+  return true;
+}
+}  // namespace
+
+extern "C" int ep_merge_weighted_sum(const DLTensor *const *x, const double *weights, int count, const DLTensor *out) {
+  const char *fn = "merge_weighted_sum";
+  MergeWeightedSum a{};
+  a.size = pieces(a.x, x, count, fn);
+  if (a.size < 0) return EP_INVALID_ARGUMENT;
+  Piece o;
+  if (!piece(o, out, fn, "out", a.size)) return EP_INVALID_ARGUMENT;
+  a.count = count;
+  a.out = const_cast<char *>(o.data);
+  a.out_bf16 = o.bf16;
+  for (int i = 0; i < count; i++) a.weight[i] = float(weights[i]);
+  EP_RUN(merge_weighted_sum, a);
+  return EP_OK;
+}
+
+extern "C" int ep_merge_gram(const DLTensor *const *x, int count, const DLTensor *base, double *total) {
+  const char *fn = "merge_gram";
+  MergeGram a{};
+  a.size = pieces(a.x, x, count, fn);
+  if (a.size < 0) return EP_INVALID_ARGUMENT;
+  if (base != nullptr && !piece(a.base, base, fn, "base", a.size)) return EP_INVALID_ARGUMENT;
+  a.count = count;
+  a.total = total;
+  EP_RUN(merge_gram, a);
+  return EP_OK;
+}
+
+extern "C" int ep_merge_magnitude_counts(const DLTensor *x, const DLTensor *base, int prefix, int64_t *counts) {
+  const char *fn = "merge_magnitude_counts";
+  MergeCounts a{};
+  a.size = pieces(&a.x, &x, 1, fn);
+  if (a.size < 0) return EP_INVALID_ARGUMENT;
+  if (base != nullptr && !piece(a.base, base, fn, "base", a.size)) return EP_INVALID_ARGUMENT;
+  EP_REQUIRE(prefix >= -1 && prefix < 65536, "%s: prefix is %d; -1 to 65535 are taken", fn, prefix);
+  a.prefix = prefix;
+  a.counts = counts;
+  EP_RUN(merge_counts, a);
+  return EP_OK;
+}
+
+extern "C" int ep_merge_masked_sums(const DLTensor *x, const DLTensor *base, ep_merge_select *select, int64_t start, int64_t block,
+                                    double *total) {
+  const char *fn = "merge_masked_sums";
+  MergeMaskedSums a{};
+  a.size = pieces(&a.x, &x, 1, fn);
+  if (a.size < 0 || !piece(a.base, base, fn, "base", a.size) || !mask_of(a.mask, *select, a.size, fn)) return EP_INVALID_ARGUMENT;
+  EP_REQUIRE(block >= 1 && start >= 0, "%s: block %lld and start %lld", fn, (long long)block, (long long)start);
+  a.start = start;
+  a.block = block;
+  a.select = select;
+  a.total = total;
+  EP_RUN(merge_masked_sums, a);
+  return EP_OK;
+}
+
+extern "C" int64_t ep_merge_rank_mask_workspace_bytes(int64_t columns) { return 4 * (4 * (32768 + 2) + 256 + 4 * columns + 8); }
+
+extern "C" int ep_merge_rank_mask(const DLTensor *x, const DLTensor *base, const DLTensor *limits, uint64_t key, int64_t start,
+                                  const DLTensor *mask, void *workspace) {
+  const char *fn = "merge_rank_mask";
+  MergeRankMask a{};
+  a.size = pieces(&a.x, &x, 1, fn);
+  if (a.size < 0 || !piece(a.base, base, fn, "base", a.size)) return EP_INVALID_ARGUMENT;
+  EP_VIEW(lv, limits, 1, I64);
+  EP_VIEW(mv, mask, 1, I32);
+  EP_REQUIRE(lv.size >= 1 && lv.size < (int64_t(1) << 31) && a.size % lv.size == 0, "%s: %lld elements are no rows of %lld", fn,
+             (long long)a.size, (long long)lv.size);
+  for (int64_t i = 0; i < lv.size; i++) {
+    const int64_t limit = reinterpret_cast<const int64_t *>(lv.data)[i];
+    EP_REQUIRE(limit >= 0 && limit < (int64_t(1) << 32), "%s: limits[%lld] is %lld; 0 to 2^32 - 1 are taken", fn, (long long)i,
+               (long long)limit);
+  }
+  EP_REQUIRE(mv.size == (a.size + 31) / 32, "%s: mask has %lld words for %lld elements", fn, (long long)mv.size, (long long)a.size);
+  EP_REQUIRE(workspace != nullptr, "%s: workspace is missing", fn);
+  a.columns = lv.size;
+  a.limits = reinterpret_cast<const int64_t *>(lv.data);
+  a.key = key;
+  a.start = start;
+  a.mask = reinterpret_cast<int32_t *>(mv.data);
+  a.workspace = static_cast<int32_t *>(workspace);
+  EP_RUN(merge_rank_mask, a);
+  return EP_OK;
+}
+
+extern "C" int ep_merge_task_sum(const DLTensor *base, const DLTensor *const *x, ep_merge_select *selects, int count,
+                                 ep_merge_task_params params, const DLTensor *out, int64_t *signs) {
+  const char *fn = "merge_task_sum";
+  MergeTaskSum a{};
+  a.size = pieces(a.x, x, count, fn);
+  Piece o;
+  if (a.size < 0 || !piece(a.base, base, fn, "base", a.size) || !piece(o, out, fn, "out", a.size)) return EP_INVALID_ARGUMENT;
+  double weights = 0;
+  for (int i = 0; i < count; i++) {
+    if (!mask_of(a.mask[i], selects[i], a.size, fn)) return EP_INVALID_ARGUMENT;
+    weights += double(selects[i].weight);
+  }
+  a.select = selects;
+  a.count = count;
+  a.p = params;
+  a.out = const_cast<char *>(o.data);
+  a.out_bf16 = o.bf16;
+  a.divisor = std::fabs(weights) < 1e-8 ? 1.f : float(weights);
+  a.signs = signs;
+  EP_RUN(merge_task_sum, a);
+  return EP_OK;
+}
+
+extern "C" int ep_merge_nonfinite(const DLTensor *x, int64_t *count) {
+  MergeNonfinite a{};
+  a.size = pieces(&a.x, &x, 1, "merge_nonfinite");
+  if (a.size < 0) return EP_INVALID_ARGUMENT;
+  a.count = count;
+  EP_RUN(merge_nonfinite, a);
+  return EP_OK;
+}
+
+extern "C" int ep_merge_random(uint64_t key, int64_t start, const DLTensor *out) {
+  const char *fn = "merge_random";
+  EP_VIEW(ov, out, 1, I32);
+  MergeRandom a{key, start, ov.size, reinterpret_cast<int32_t *>(ov.data)};
+  EP_RUN(merge_random, a);
+  return EP_OK;
+}
+
+#endif

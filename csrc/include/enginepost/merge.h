@@ -1,0 +1,67 @@
+/* Merging: sums, inner products and task vectors of a run of elements. See enginepost/kernels/merge.py for the formulas.
+ *
+ * Inputs are 1-D pieces of tensors, float32 or bfloat16, all of one length; results are float32 or bfloat16 too. Every function
+ * runs on the calling thread alone, and its result does not depend on the instruction set. */
+#ifndef ENGINEPOST_MERGE_H_
+#define ENGINEPOST_MERGE_H_
+
+#include "enginepost/core.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { EP_MERGE_MAX_INPUTS = 64 };
+enum { EP_SELECT_ALL = 0, EP_SELECT_NONE = 1, EP_SELECT_MAGNITUDE = 2, EP_SELECT_RANDOM = 3, EP_SELECT_BITS = 4 };
+
+/* Which elements of a task vector stay. MAGNITUDE: bits of |d| strictly between low and high; of those equal to low all but the
+ * first low_skip, of those equal to high the first high_keep; seen_low and seen_high count on from call to call. RANDOM: where the
+ * element's draw is below limit. BITS: where the bit of `mask` is set (int32 words, bit i of the piece in word i / 32). */
+typedef struct {
+  int32_t kind, low, high;
+  int64_t low_skip, high_keep, seen_low, seen_high;
+  uint64_t key, limit;
+  float scale, weight;
+  const DLTensor *mask;
+} ep_merge_select;
+
+/* out = sum weights[i] x[i] */
+EP_EXPORT int ep_merge_weighted_sum(const DLTensor *const *x, const double *weights, int count, const DLTensor *out);
+
+/* total[i * count + j] += sum (x[i] - base)(x[j] - base), in double; base may be NULL. */
+EP_EXPORT int ep_merge_gram(const DLTensor *const *x, int count, const DLTensor *base, double *total);
+
+/* Counts the bits of |x - base|, 31 of them: by the upper 16 when prefix is -1 (counts has 2 x 65536), else by the lower 15 of
+ * those whose upper bits are the prefix (2 x 32768). Elements are spread over the two tables, which the caller adds. base may be
+ * NULL. */
+EP_EXPORT int ep_merge_magnitude_counts(const DLTensor *x, const DLTensor *base, int prefix, int64_t *counts);
+
+/* total[0] += sum |d|, total[1] += sum |masked d|, in double, in blocks of `block` elements; start: index of the first element. */
+EP_EXPORT int ep_merge_masked_sums(const DLTensor *x, const DLTensor *base, ep_merge_select *select, int64_t start, int64_t block,
+                                   double *total);
+
+/* DELLA's draw: mask bit = draw < limits[rank of |x - base| in its row of `columns`]; ties rank in order. limits (columns) int64;
+ * mask (ceil(n / 32)) int32. */
+EP_EXPORT int64_t ep_merge_rank_mask_workspace_bytes(int64_t columns);
+EP_EXPORT int ep_merge_rank_mask(const DLTensor *x, const DLTensor *base, const DLTensor *limits, uint64_t key, int64_t start,
+                                 const DLTensor *mask, void *workspace);
+
+/* out = base + scale * (masked, weighted and elected sum of x[i] - base); *signs = sum of the elected signs. */
+typedef struct {
+  int elect, normalize, zero_sign;
+  float scale;
+  int64_t start;
+} ep_merge_task_params;
+EP_EXPORT int ep_merge_task_sum(const DLTensor *base, const DLTensor *const *x, ep_merge_select *selects, int count,
+                                ep_merge_task_params params, const DLTensor *out, int64_t *signs);
+
+/* *count = number of NaN and infinite elements. */
+EP_EXPORT int ep_merge_nonfinite(const DLTensor *x, int64_t *count);
+
+/* out (n) int32: the draws of elements start, start + 1, ... as uint32. */
+EP_EXPORT int ep_merge_random(uint64_t key, int64_t start, const DLTensor *out);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

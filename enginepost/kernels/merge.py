@@ -1,0 +1,321 @@
+"""What merging does to a run of elements: sums of tensors, their inner products, and task vectors trimmed, drawn and elected.
+
+A tensor is merged chunk by chunk, so every function here takes 1-D pieces of the inputs and the element offset `start` of the piece.
+Pieces begin at multiples of BLOCK (or at a row), and reductions are float64 sums over blocks in order: results do not depend on how
+a tensor was cut. Functions run on the calling thread alone; the caller has its own threads, one tensor each.
+
+    weighted_sum    out = sum_i w_i x_i
+    gram            G[i, j] += sum (x_i - b)(x_j - b)
+    task_sum        out = b + lambda * sum_i w_i s_i m_i (x_i - b)   with masks m_i, optional sign election and normalisation
+
+A mask is a `Select`: by magnitude (TIES, breadcrumbs), at random (DARE) or at random by rank in the row (DELLA). Magnitudes are
+compared as the 31 bits of |float32|, which sort as integers do; `low` and `high` are found by counting (`magnitude_counts`).
+
+Random numbers come from a counter: element i of a tensor gets `random_bits(key, i)`, whatever thread or chunk asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from enginepost.kernels.backend import core, native, to_dlpack
+
+BLOCK = 1 << 16  # elements; the grain of reductions and of the random generator
+TOP_BITS = 16  # of the 31 bits of a magnitude; the lower 15 are counted in a second pass
+LOW_BITS = 15
+MAX_INPUTS = 64  # of the native kernels
+
+_M32 = np.uint32(0xFFFFFFFF)
+
+
+@dataclass
+class Select:
+    """Which elements of a task vector stay, and what they are multiplied by.
+
+    kind: "all", "none", "magnitude", "random" (each with probability `density`) or "ranked" (probability from density - epsilon to
+        density + epsilon by rank of the magnitude in its row, the largest most likely).
+    low, low_skip, high, high_keep: for "magnitude": bits strictly between low and high stay; of the elements equal to `low` the
+        first `low_skip` go, of those equal to `high` the first `high_keep` stay (both hold when low == high).
+    seen: how many elements equal to low and high came in earlier chunks of the tensor; the functions here count on.
+    masks: for "ranked", a place to keep the masks of chunks between passes (packed bits, by the chunk's start), or None to make them
+        again in every pass.
+    """
+
+    kind: str = "all"
+    density: float = 1.0
+    epsilon: float = 0.0
+    key: int = 0
+    low: int = 0
+    low_skip: int = 0
+    high: int = 0x7FFFFFFF  # above every number
+    high_keep: int = 0
+    scale: float = 1.0
+    seen: tuple[int, int] = (0, 0)
+    masks: dict[int, Tensor] | None = None
+
+
+def random_bits(key: int, start: int, count: int) -> np.ndarray:
+    """uint32 `[count]` for elements start .. start + count: two rounds of a 32-bit finaliser (lowbias32, Wellons 2018) over the low
+    16 bits of the element's index, keyed by splitmix64 (Steele et al. 2014) of (key, index / 2^16)."""
+    index = np.arange(start, start + count, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        blocks = np.arange(start >> 16, ((start + count - 1) >> 16) + 1 if count else start >> 16, dtype=np.uint64)
+        z = np.uint64(key & (2**64 - 1)) + (blocks + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = (z ^ (z >> np.uint64(31)))[((index >> np.uint64(16)) - np.uint64(start >> 16)).astype(np.int64)]
+        low = (index & np.uint64(0xFFFF)).astype(np.uint32) * np.uint32(0x9E3779B9)
+        h = _mix((z & np.uint64(0xFFFFFFFF)).astype(np.uint32) ^ low)
+        return _mix(h + (z >> np.uint64(32)).astype(np.uint32))
+
+
+def _mix(h: np.ndarray) -> np.ndarray:
+    h = (h ^ (h >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    h = (h ^ (h >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return h ^ (h >> np.uint32(16))
+
+
+def draw_limit(probability: float) -> int:
+    """A draw of random_bits below this limit keeps the element; 2^32 keeps all."""
+    return min(1 << 32, max(0, round(probability * 2.0**32)))
+
+
+def magnitude_bits(x: Tensor, base: Tensor | None) -> Tensor:
+    """int32 bits of |x - base| as float32, which order as the magnitudes do."""
+    d = x.float() if base is None else x.float() - base.float()
+    return d.view(torch.int32) & 0x7FFFFFFF
+
+
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
+    """out = sum of weights[i] * tensors[i], in float32 (float64 if an input is), rounded once to out's dtype."""
+    if _taken(*tensors):
+        with _Result(out) as target:
+            core().merge_weighted_sum(_capsules(tensors), [float(w) for w in weights], to_dlpack(target))
+        return
+    wide = _wide(tensors)
+    total = tensors[0].to(wide) * weights[0]
+    for x, w in zip(tensors[1:], weights[1:], strict=True):
+        total += x.to(wide) * w
+    out.copy_(total)
+
+
+def gram(tensors: Sequence[Tensor], base: Tensor | None, total: np.ndarray) -> None:
+    """total[i, j] += sum over elements of (x_i - b)(x_j - b); float64 `[k, k]`.
+
+    Call it with chunks that begin at multiples of BLOCK: the sums are over blocks, in order."""
+    if _taken(*tensors, base):
+        k = len(tensors)
+        for at in range(0, tensors[0].numel(), BLOCK):  # one call a block, so that chunks of any size add up alike
+            piece = slice(at, at + BLOCK)
+            part = core().merge_gram(
+                _capsules([x[piece] for x in tensors]), _capsule(None if base is None else base[piece])
+            )
+            total += np.array(part).reshape(k, k)
+        return
+    for at in range(0, tensors[0].numel(), BLOCK):
+        d = [_delta(x[at : at + BLOCK], None if base is None else base[at : at + BLOCK]) for x in tensors]
+        for i in range(len(d)):
+            for j in range(i, len(d)):
+                value = float(np.sum(d[i] * d[j]))
+                total[i, j] += value
+                if i != j:
+                    total[j, i] += value
+
+
+def _delta(x: Tensor, base: Tensor | None) -> np.ndarray:
+    """float64, of the difference as float32 has it."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    d = x.to(wide) if base is None else x.to(wide) - base.to(wide)
+    return d.double().numpy()
+
+
+def magnitude_counts(x: Tensor, base: Tensor | None, prefix: int | None, counts: np.ndarray) -> None:
+    """Count magnitudes by their bits, into the two tables of int64 `counts`, which the caller adds: by the upper 16 bits
+    (`[2, 65536]`), or, given such a prefix, by the lower 15 bits of those that share it (`[2, 32768]`)."""
+    if _taken(x, base):
+        table = to_dlpack(torch.from_numpy(counts))
+        core().merge_magnitude_counts(_capsule(x), _capsule(base), -1 if prefix is None else prefix, table)
+        return
+    bits = magnitude_bits(x, base)
+    if prefix is None:
+        bits = bits >> LOW_BITS
+    else:
+        bits = bits[(bits >> LOW_BITS) == prefix] & ((1 << LOW_BITS) - 1)
+    counts[0] += np.bincount(bits.numpy(), minlength=counts.shape[1])
+
+
+def masked_sums(x: Tensor, base: Tensor, select: Select, start: int, columns: int, total: np.ndarray) -> None:
+    """total += [sum |d|, sum |m d|] in float64, over blocks (rows, for "ranked") in order; advances select.seen."""
+    block = columns if select.kind == "ranked" else BLOCK
+    if _taken(x, base):
+        mask = _mask(x, base, select, start, columns)
+        all_, kept, seen = core().merge_masked_sums(
+            _capsule(x), _capsule(base), [_described(select, 1.0, mask)], start, block
+        )
+        total += (all_, kept)
+        select.seen = seen[0]
+        return
+    keep = keep_mask(x, base, select, start, columns).numpy()
+    for at in range(0, x.numel(), block):
+        d = np.abs(_delta(x[at : at + block], base[at : at + block]))
+        total[0] += float(np.sum(d))
+        total[1] += float(np.sum(np.where(keep[at : at + block], d, 0.0)))
+
+
+def keep_mask(x: Tensor, base: Tensor, select: Select, start: int, columns: int) -> Tensor:
+    """bool `[n]`: the elements of this chunk that stay. Advances select.seen."""
+    n = x.numel()
+    if select.kind == "all":
+        return torch.ones(n, dtype=torch.bool)
+    if select.kind == "none":
+        return torch.zeros(n, dtype=torch.bool)
+    if select.kind == "random":
+        return torch.from_numpy(random_bits(select.key, start, n) < np.uint64(draw_limit(select.density)))
+    bits = magnitude_bits(x, base)
+    if select.kind == "magnitude":
+        keep = (bits > select.low) & (bits < select.high)
+        low, high = bits == select.low, bits == select.high
+        low_index = torch.cumsum(low, 0) - 1 + select.seen[0]
+        high_index = torch.cumsum(high, 0) - 1 + select.seen[1]
+        if select.low == select.high:
+            keep = low & (low_index >= select.low_skip) & (low_index < select.high_keep)
+        else:
+            keep |= low & (low_index >= select.low_skip) | high & (high_index < select.high_keep)
+        select.seen = (select.seen[0] + int(low.sum()), select.seen[1] + int(high.sum()))
+        return keep
+    bits = torch.where(bits < 1 << 16, 0, bits)  # magnitudes below 2^-133 rank as zeros
+    order = torch.argsort(bits.view(-1, columns), dim=1, stable=True)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(columns).expand_as(order))
+    limit = rank_limits(select, columns)[rank.numpy().reshape(-1)]
+    return torch.from_numpy(random_bits(select.key, start, n) < limit)
+
+
+def rank_limits(select: Select, columns: int) -> np.ndarray:
+    """uint64 `[columns]`: the draw limit of the element whose magnitude has that rank in a row, the smallest first.
+
+    DELLA (arXiv 2406.11617): probabilities run linearly from density - epsilon to density + epsilon. A row of one has the middle."""
+    if columns == 1:
+        return np.array([min(draw_limit(select.density), 0xFFFFFFFF)], dtype=np.uint64)
+    p = (select.density - select.epsilon) + np.arange(columns) / (columns - 1) * (2 * select.epsilon)
+    return np.clip(np.rint(p * 2.0**32), 0, 2.0**32 - 1).astype(np.uint64)
+
+
+def task_sum(
+    base: Tensor, tensors: Sequence[Tensor], selects: Sequence[Select], weights: Sequence[float], out: Tensor, *,
+    elect: bool, normalize: bool, scale: float = 1.0, zero_sign: int = 1, start: int = 0, columns: int = 1,
+) -> int:  # fmt: skip
+    """out = base + scale * (weighted, masked, optionally elected and normalised) sum of task vectors.
+
+    v_i = w_i (s_i m_i d_i). With `elect` (TIES, arXiv 2306.01708) only the v_i that share the sign of their sum take part, a sum of
+    exactly zero counting as `zero_sign`; then `normalize` divides by the weights that took part (by 1 where they sum to 0). Without,
+    it divides by the sum of all weights. Advances the selects; returns the sum of the elected signs (0 for a zero sum).
+    """
+    if _taken(base, *tensors) and len(tensors) <= MAX_INPUTS:
+        given = [
+            _described(select, weight, _mask(x, base, select, start, columns))
+            for x, select, weight in zip(tensors, selects, weights, strict=True)
+        ]
+        with _Result(out) as target:
+            signs, seen = core().merge_task_sum(
+                _capsule(base), _capsules(tensors), given, elect, normalize, zero_sign, scale, start, to_dlpack(target)
+            )
+        for select, pair in zip(selects, seen, strict=True):
+            select.seen = pair
+        return int(signs)
+    wide = _wide([base, *tensors])
+    b = base.to(wide)
+    parts = []
+    for x, select, weight in zip(tensors, selects, weights, strict=True):
+        d = x.to(wide) - b
+        if select.kind != "all":
+            d = torch.where(keep_mask(x, base, select, start, columns), d, 0.0)
+        parts.append((d * select.scale) * weight)
+    signs = 0
+    if elect:
+        total = sum(parts[1:], parts[0].clone())
+        sign = torch.sign(total)
+        signs = int(sign.sum())
+        majority = torch.where(total == 0, float(zero_sign), sign)
+        taken = [torch.sign(v) == majority for v in parts]
+        mixed = sum((torch.where(m, v, 0.0) for m, v in zip(taken, parts, strict=True)), torch.zeros_like(b))
+        if normalize:
+            divisor = sum((m.to(wide) * w for m, w in zip(taken, weights, strict=True)), torch.zeros_like(b))
+            mixed = mixed / torch.where(divisor == 0, 1.0, divisor)
+    else:
+        mixed = sum(parts[1:], parts[0].clone())
+        if normalize:
+            all_weights = float(sum(weights))
+            mixed = mixed / (1.0 if abs(all_weights) < 1e-8 else all_weights)
+    out.copy_(b + mixed * scale)
+    return signs
+
+
+def nonfinite(x: Tensor) -> int:
+    """How many elements are NaN or infinite."""
+    if native(x):
+        return int(core().merge_nonfinite(to_dlpack(x)))
+    return int(x.numel() - torch.isfinite(x).sum())
+
+
+def _taken(*tensors: Tensor | None) -> bool:
+    """Whether the native kernels do it: float32, bfloat16 and (widened first) float16, on the CPU."""
+    return native(*(None if t is None or t.dtype == torch.float16 else t for t in tensors)) and all(
+        t is None or t.device.type == "cpu" for t in tensors
+    )
+
+
+def _capsule(x: Tensor | None) -> Any:
+    return None if x is None else to_dlpack(x.float() if x.dtype == torch.float16 else x)
+
+
+def _capsules(tensors: Sequence[Tensor]) -> list[Any]:
+    return [_capsule(x) for x in tensors]
+
+
+class _Result:
+    """The output that a native kernel writes: `out` itself, or float32 that is rounded to `out` at the end."""
+
+    def __init__(self, out: Tensor) -> None:
+        self.out = out
+        self.target = out if out.dtype in (torch.float32, torch.bfloat16) else torch.empty(out.shape)
+
+    def __enter__(self) -> Tensor:
+        return self.target
+
+    def __exit__(self, *error: object) -> None:
+        if self.target is not self.out:
+            self.out.copy_(self.target)
+
+
+_KINDS = {"all": 0, "none": 1, "magnitude": 2, "random": 3, "ranked": 4}
+
+
+def _described(s: Select, weight: float, mask: Tensor | None) -> tuple[Any, ...]:
+    """A selection as the bindings take it."""
+    limit = draw_limit(s.density) if s.kind == "random" else 0
+    return (_KINDS[s.kind], s.low, s.high, s.low_skip, s.high_keep, *s.seen, s.key, limit, s.scale, weight,
+            None if mask is None else to_dlpack(mask))  # fmt: skip
+
+
+def _mask(x: Tensor, base: Tensor, select: Select, start: int, columns: int) -> Tensor | None:
+    """Packed bits of a ranked selection, int32 `[ceil(n / 32)]`."""
+    if select.kind != "ranked":
+        return None
+    if select.masks is not None and start in select.masks:
+        return select.masks[start]
+    mask = torch.empty((x.numel() + 31) // 32, dtype=torch.int32)
+    limits = torch.from_numpy(rank_limits(select, columns).astype(np.int64))
+    core().merge_rank_mask(_capsule(x), _capsule(base), to_dlpack(limits), select.key, start, to_dlpack(mask))
+    if select.masks is not None:
+        select.masks[start] = mask
+    return mask
+
+
+def _wide(tensors: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32

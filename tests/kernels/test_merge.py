@@ -1,0 +1,216 @@
+"""Merge kernels against the reference, on task vectors with ties, zeros, odd lengths and all dtypes; and the random generator."""
+
+import numpy as np
+import pytest
+import torch
+
+from enginepost.kernels import merge as kernel
+from enginepost.kernels.merge import BLOCK, Select
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def tensors(n: int, count: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """A base and models whose task vectors have many ties and exact zeros in bfloat16."""
+    g = torch.Generator().manual_seed(seed)
+    base = torch.randn(n, generator=g).to(dtype)
+    models = []
+    for _ in range(count):
+        step = torch.randn(n, generator=g) * 0.01 * (torch.rand(n, generator=g) < 0.7)
+        models.append((base.float() + step).to(dtype))
+    return base, models
+
+
+@pytest.fixture
+def reference(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    def call(function, *args, **kwargs):  # type: ignore[no-untyped-def]
+        with monkeypatch.context() as m:
+            m.setenv("ENGINEPOST_BACKEND", "reference")
+            return function(*args, **kwargs)
+
+    return call
+
+
+def both(reference, function, selects, *args, **kwargs):  # type: ignore[no-untyped-def]
+    """(native result, reference result), each with its own copies of the selects."""
+    from dataclasses import replace
+
+    ours = [replace(s) for s in selects]
+    theirs = [replace(s) for s in selects]
+    a = function(ours, *args, **kwargs)
+    b = reference(function, theirs, *args, **kwargs)
+    assert [s.seen for s in ours] == [s.seen for s in theirs]
+    return a, b
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 7, 256, 1000, BLOCK + 17])
+def test_weighted_sum(reference, dtype, n) -> None:  # type: ignore[no-untyped-def]
+    _, models = tensors(n, 3, dtype)
+    for out_dtype in DTYPES:
+        ours, theirs = torch.empty(n, dtype=out_dtype), torch.empty(n, dtype=out_dtype)
+        kernel.weighted_sum(models, [0.3, -0.5, 1.1], ours)
+        reference(kernel.weighted_sum, models, [0.3, -0.5, 1.1], theirs)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [3, 1000, 2 * BLOCK + 300])
+def test_gram_is_exact_to_float64(dtype: torch.dtype, n: int) -> None:
+    base, models = tensors(n, 3, dtype)
+    for origin in (None, base):
+        total = np.zeros((3, 3))
+        for start in range(0, n, BLOCK):
+            piece = slice(start, start + BLOCK)
+            kernel.gram([m[piece] for m in models], None if origin is None else base[piece], total)
+        d = torch.stack([m.float() - (0 if origin is None else base.float()) for m in models]).double()
+        np.testing.assert_allclose(total, (d @ d.T).numpy(), rtol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_magnitude_counts(reference, dtype) -> None:  # type: ignore[no-untyped-def]
+    base, [model] = tensors(5001, 1, dtype)
+    ours, theirs = np.zeros((2, 1 << 16), dtype=np.int64), np.zeros((2, 1 << 16), dtype=np.int64)
+    kernel.magnitude_counts(model, base, None, ours)
+    reference(kernel.magnitude_counts, model, base, None, theirs)
+    assert (ours.sum(0) == theirs.sum(0)).all() and ours.sum() == 5001
+    prefix = int(np.argmax(ours.sum(0)[1:])) + 1
+    low, low_reference = np.zeros((2, 1 << 15), dtype=np.int64), np.zeros((2, 1 << 15), dtype=np.int64)
+    kernel.magnitude_counts(model, base, prefix, low)
+    reference(kernel.magnitude_counts, model, base, prefix, low_reference)
+    assert (low.sum(0) == low_reference.sum(0)).all() and low.sum() == ours.sum(0)[prefix]
+
+
+def selections(base: torch.Tensor, model: torch.Tensor) -> list[Select]:
+    bits = kernel.magnitude_bits(model, base)
+    values = torch.unique(bits).tolist()
+    low, high = values[len(values) // 4], values[-2]
+    ties = int((bits == low).sum())
+    return [
+        Select("all", scale=1.5),
+        Select("none"),
+        Select("magnitude", low=low, low_skip=ties // 2),
+        Select("magnitude", low=0, low_skip=int((bits == 0).sum()) // 3),
+        Select("magnitude", low=low, low_skip=1, high=high, high_keep=1),
+        Select("magnitude", low=values[0], low_skip=2, high=values[0], high_keep=9),
+        Select("random", density=0.37, key=1234567890123456789, scale=1 / 0.37),
+        Select("random", density=1.0, key=7),
+        Select("ranked", density=0.5, epsilon=0.2, key=99),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 13, 300, 1000])
+def test_masks(reference, dtype, columns) -> None:  # type: ignore[no-untyped-def]
+    n = 3 * columns if columns > 100 else 101 * columns
+    base, [model] = tensors(n, 1, dtype)
+    start = 5 * columns  # as if chunks had come before
+
+    def kept(selects):  # type: ignore[no-untyped-def]
+        out = torch.empty(n)
+        kernel.task_sum(torch.zeros(n), [torch.ones(n)], [Select()], [0.0], out, elect=False, normalize=False)
+        kernel.task_sum(base, [model], selects, [1.0], out, elect=False, normalize=False, start=start, columns=columns)
+        return out
+
+    def sums(selects):  # type: ignore[no-untyped-def]
+        total = np.zeros(2)
+        kernel.masked_sums(model, base, selects[0], start, columns, total)
+        return total
+
+    for select in selections(base, model):
+        ours, theirs = both(reference, kept, [select])
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+        ours, theirs = both(reference, sums, [select])
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
+
+
+@pytest.mark.parametrize("elect", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("zero_sign", [1, 0, -1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_task_sum(reference, elect, normalize, zero_sign, dtype) -> None:  # type: ignore[no-untyped-def]
+    base, models = tensors(1003, 3, dtype)
+    selects = [selections(base, models[0])[2], selections(base, models[1])[6], Select(scale=0.5)]
+
+    def run(selects):  # type: ignore[no-untyped-def]
+        out = torch.empty(1003, dtype=dtype)
+        signs = kernel.task_sum(
+            base,
+            models,
+            selects,
+            [0.4, -0.3, 0.9],
+            out,
+            elect=elect,
+            normalize=normalize,
+            scale=0.8,
+            zero_sign=zero_sign,
+        )
+        return out, signs
+
+    (ours, signs), (theirs, signs_reference) = both(reference, run, selects)
+    torch.testing.assert_close(ours.float(), theirs.float(), rtol=1e-6, atol=1e-7)
+    assert signs == signs_reference
+
+
+def test_more_inputs_than_the_kernel_takes(reference) -> None:  # type: ignore[no-untyped-def]
+    base, models = tensors(50, 70, torch.float32)
+    out = torch.empty(50)
+    kernel.task_sum(base, models, [Select() for _ in models], [0.1] * 70, out, elect=True, normalize=True)
+    expected = torch.empty(50)
+    reference(
+        kernel.task_sum, base, models, [Select() for _ in models], [0.1] * 70, expected, elect=True, normalize=True
+    )
+    torch.testing.assert_close(out, expected)
+
+
+def test_random_bits_native_like_reference() -> None:
+    from enginepost.kernels.backend import core, to_dlpack
+
+    for start, count in ((0, 1000), (65530, 20), (123456789012, 70000)):
+        out = torch.empty(count, dtype=torch.int32)
+        core().merge_random(0xDEADBEEFCAFEBABE, start, to_dlpack(out))
+        assert (out.numpy().view(np.uint32) == kernel.random_bits(0xDEADBEEFCAFEBABE, start, count)).all()
+
+
+def test_random_bits_are_random() -> None:
+    """Uniform bytes, independent neighbours, independent keys and blocks (chi-square and correlation at 5 sigma)."""
+    draws = kernel.random_bits(1, 0, 1 << 20)
+    for shift in (0, 8, 16, 24):
+        counts = np.bincount((draws >> np.uint32(shift)) & np.uint32(255), minlength=256)
+        chi = ((counts - (1 << 12)) ** 2 / (1 << 12)).sum()
+        assert abs(chi - 255) < 5 * np.sqrt(2 * 255)
+    unit = draws / 2.0**32 - 0.5
+    others = [unit[1:], kernel.random_bits(2, 0, (1 << 20) - 1) / 2.0**32 - 0.5, np.roll(unit, BLOCK)[:-1]]
+    for other in others:
+        assert abs(float(np.mean(unit[:-1] * other)) * 12) < 5 / np.sqrt(1 << 20)
+    ones = np.unpackbits(draws.view(np.uint8)).mean()
+    assert abs(ones - 0.5) < 5 * 0.5 / np.sqrt(draws.size * 32)
+
+
+def test_nonfinite_counts() -> None:
+    for dtype in DTYPES:
+        x = torch.zeros(10001, dtype=dtype)
+        x[[0, 17, 10000]] = torch.tensor([float("nan"), float("inf"), float("-inf")], dtype=dtype)
+        assert kernel.nonfinite(x) == 3
+        assert kernel.nonfinite(torch.ones(5, dtype=dtype)) == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda c, d: c.merge_nonfinite(d(torch.zeros(2, 2))), "merge_nonfinite: x"),
+        (
+            lambda c, d: c.merge_weighted_sum([d(torch.zeros(3)), d(torch.zeros(4))], [1.0, 1.0], d(torch.zeros(3))),
+            "has 4",
+        ),
+        (lambda c, d: c.merge_weighted_sum([], [], d(torch.zeros(3))), "0 inputs"),
+        (lambda c, d: c.merge_weighted_sum([d(torch.zeros(3))], [1.0, 2.0], d(torch.zeros(3))), "one weight a tensor"),
+        (lambda c, d: c.merge_gram([d(torch.zeros(3, dtype=torch.int32))], None), "merge_gram: x"),
+        (lambda c, d: c.merge_magnitude_counts(d(torch.zeros(3)), None, -1, d(torch.zeros(2, 9))), "counts must be"),
+    ],
+)
+def test_bad_arguments(call, says) -> None:  # type: ignore[no-untyped-def]
+    from enginepost.kernels.backend import core, to_dlpack
+
+    with pytest.raises(ValueError, match=says):
+        call(core(), to_dlpack)

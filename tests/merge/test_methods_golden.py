@@ -1,0 +1,80 @@
+"""Every method against mergekit 0.1.5 (tests/golden/make_merge.py), in float32."""
+
+import json
+import pathlib
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from enginepost.kernels import merge as kernel
+from enginepost.merge import METHODS, merge_tensors
+
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
+CASES = json.loads((GOLDEN / "merge.json").read_text())
+TENSORS = load_file(GOLDEN / "merge.safetensors")
+
+
+def inputs(case: dict) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    models = [TENSORS[f"{case['shape']}.{i}"] for i in range(case["models"])]
+    return models, TENSORS[f"{case['shape']}.base"] if case["base"] else None
+
+
+def parameters(case: dict) -> dict:
+    """mergekit lists values for the base too where a parameter is for every input; here there are none of those with a base."""
+    return case["parameters"]
+
+
+def identify(case: dict) -> str:
+    return f"{case['key']}-{case['method']}-{case['shape']}"
+
+
+def test_every_method_has_a_case() -> None:
+    assert set(METHODS) == {case["method"] for case in CASES}
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c["masks"] == 0], ids=identify)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_deterministic_methods(case: dict, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINEPOST_BACKEND", "" if backend == "cpu" else backend)
+    models, base = inputs(case)
+    ours = merge_tensors(case["method"], models, base, **parameters(case))
+    torch.testing.assert_close(ours, TENSORS[case["key"]], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c["masks"]], ids=identify)
+def test_random_methods_given_the_same_masks(case: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINEPOST_BACKEND", "reference")
+    models, base = inputs(case)
+    masks = [TENSORS[f"{case['key']}.mask{i}"].reshape(-1).bool() for i in range(case["masks"])]
+    drawing = [i for i, m in enumerate(models) if density(case, i) < 1]
+    by_values = {tuple(models[i].reshape(-1)[:2].tolist()): mask for i, mask in zip(drawing, masks, strict=True)}
+    ours = kernel.keep_mask
+
+    def recorded(x, base, select, start, columns):  # type: ignore[no-untyped-def]
+        if select.kind in ("random", "ranked"):
+            return by_values[tuple(x[:2].tolist())]
+        return ours(x, base, select, start, columns)
+
+    monkeypatch.setattr(kernel, "keep_mask", recorded)
+    result = merge_tensors(case["method"], models, base, **parameters(case))
+    torch.testing.assert_close(result, TENSORS[case["key"]], rtol=1e-6, atol=2e-6)
+
+
+def density(case: dict, i: int) -> float:
+    d = case["parameters"].get("density", 1.0)
+    return d[i] if isinstance(d, list) else d
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c["method"].startswith("della")], ids=identify)
+def test_della_probabilities(case: dict) -> None:
+    """The probability of every element, by its rank in its row."""
+    models, base = inputs(case)
+    for i, model in enumerate(models):
+        select = kernel.Select("ranked", density=density(case, i), epsilon=case["parameters"].get("epsilon", 0.15))
+        columns = model.shape[-1]
+        bits = kernel.magnitude_bits(model.reshape(-1), base.reshape(-1)).view(-1, columns)
+        rank = torch.argsort(torch.argsort(bits, dim=1, stable=True), dim=1)
+        ours = torch.from_numpy(kernel.rank_limits(select, columns) / 2.0**32)[rank].float()
+        theirs = TENSORS[f"{case['key']}.probability{i}"].reshape(-1, columns)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
