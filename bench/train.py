@@ -240,7 +240,7 @@ def workload(directory: pathlib.Path, *, threads: int, steps: int) -> Workload:
 
 def run(options: Options) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as scratch:
-        work = workload(pathlib.Path(scratch), threads=options.threads, steps=6)
+        work = workload(pathlib.Path(scratch), threads=options.threads, steps=4)
         results: dict[str, list[Result]] = {"ours": [], "trl": [], "lean": []}
         for _ in range(2):
             results["ours"].append(work.ours())

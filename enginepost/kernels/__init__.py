@@ -1,18 +1,30 @@
-"""Kernel families, one module each: `attention`, `linear_logprob`, `lora`, `norm`, `rope`, `glu`, `adamw`, `nf4`, `merge`, `matmul`.
+"""Kernel families, one module each.
 
     from enginepost import kernels
     out, lse = kernels.attention(q, k, v, cu_seqlens)     # torch tensors, or anything with __dlpack__: numpy, jax
 
 Every module holds the reference (plain PyTorch, the maths as one reads it), the torch op with its autograd, and the dispatch
 to the native kernels. A family's name is its main function and its module in one: `kernels.attention(...)` and
-`kernels.attention.reference(...)` both work, whatever was imported before. `enginepost.kernels.backend` says which backend runs;
-`enginepost kernels` on the command line tests them.
+`kernels.attention.reference(...)` both work, whatever was imported before (`nf4` and `merge` are several functions, so modules
+only). `enginepost.kernels.backend` says which backend runs; `enginepost kernels` on the command line tests them.
 """
 
 import importlib
 from typing import Any
 
-FAMILIES = ("attention", "linear_logprob", "linear_kl", "lora", "norm", "rope", "glu", "adamw", "matmul")
+FAMILIES = (
+    "attention",
+    "linear_logprob",
+    "linear_kl",
+    "lora",
+    "norm",
+    "rope",
+    "glu",
+    "adamw",
+    "nf4",
+    "merge",
+    "matmul",
+)
 
 _HOME = {
     "paged_attention": "attention",

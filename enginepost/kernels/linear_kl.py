@@ -28,6 +28,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from enginepost.kernels.arrays import make_callable, takes_arrays
 from enginepost.kernels.matmul import mm
 
 KINDS = ("forward", "reverse", "js")
@@ -60,6 +61,7 @@ def reference(
     return kl if mask is None else torch.where(mask, kl, torch.zeros_like(kl))
 
 
+@takes_arrays
 def linear_kl(
     student_hidden: Tensor, student_head: Tensor, *, teacher_hidden: Tensor | None = None, teacher_head: Tensor | None = None,
     teacher_topk: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None, kind: str = "forward", beta: float = 0.5,
@@ -453,3 +455,5 @@ def _grad(ctx, dkl: Tensor, _: Tensor) -> tuple:  # type: ignore[no-untyped-def]
 
 
 _op.register_autograd(_grad, setup_context=_setup)
+
+make_callable(__name__, linear_kl)

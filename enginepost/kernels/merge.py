@@ -93,7 +93,13 @@ def magnitude_bits(x: Tensor, base: Tensor | None) -> Tensor:
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
-    """out = sum of weights[i] * tensors[i], in float32 (float64 if an input is), rounded once to out's dtype."""
+    """out = sum of weights[i] * tensors[i], in float32 (float64 if an input is), rounded once to out's dtype.
+
+    >>> out = torch.empty(2)
+    >>> weighted_sum([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])], [0.5, 0.5], out)
+    >>> out
+    tensor([2., 4.])
+    """
     if _taken(*tensors):
         with _Result(out) as target:
             core().merge_weighted_sum(_capsules(tensors), [float(w) for w in weights], to_dlpack(target))

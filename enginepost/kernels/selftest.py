@@ -16,17 +16,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from enginepost.kernels import adamw, attention, glu, linear_logprob, lora, matmul, norm, rope
+from enginepost.kernels import adamw, attention, glu, linear_kl, linear_logprob, lora, matmul, merge, nf4, norm, rope
 from enginepost.kernels.backend import core, info, to_dlpack, use_isa
 
 DOES = {
     "attention": "softmax(q k^T) v over packed sequences: causal, GQA, windows, softcap",
     "linear_logprob": "log-probability of targets from hidden states, without the logits",
+    "linear_kl": "divergence of a student from a teacher, without the logits",
     "lora": "linear layer with low-rank updates, DoRA",
     "norm": "RMSNorm, with or without the residual add",
     "rope": "rotary position embedding",
     "glu": "SwiGLU and GeGLU",
     "adamw": "AdamW over many tensors, global gradient norm",
+    "nf4": "weights in 4 bits (NF4, FP4) and their products, blockwise 8-bit numbers",
+    "merge": "weighted sums, task vectors trimmed, drawn and elected, for merging models",
     "matmul": "matrix product, float32 sums, with a low-rank update in the same pass",
 }
 
@@ -107,6 +110,55 @@ def _linear_logprob(dtype: torch.dtype, large: bool) -> Case:
         f"forward + backward, frozen head, T {tokens} K {width} V {vocab}", 4 * tokens * width * vocab, "GFLOP/s",
         peer_name="matmul + log_softmax",
     )  # fmt: skip
+
+
+def _linear_kl(dtype: torch.dtype, large: bool) -> Case:
+    tokens, width, vocab = (256, 576, 8192) if large else (17, 24, 205)
+    student, teacher = (torch.randn(tokens, width).to(dtype) for _ in range(2))
+    head = (torch.randn(vocab, width) / math.sqrt(width)).to(dtype)
+
+    def forward_kl(function: Function) -> Function:
+        return lambda student, teacher, head: function(student, head, teacher_hidden=teacher, teacher_head=head)
+
+    return Case(
+        [student, teacher, head], with_gradients(forward_kl(linear_kl.linear_kl), 1),
+        with_gradients(forward_kl(linear_kl.reference), 1),
+        f"forward KL, forward + backward, T {tokens} K {width} V {vocab}", 10 * tokens * width * vocab, "GFLOP/s",
+        peer_name="full logits",
+    )  # fmt: skip
+
+
+def _nf4(dtype: torch.dtype, large: bool) -> Case:
+    rows, width, columns = (64, 1024, 1024) if large else (19, 80, 37)
+    weight = nf4.quantize(torch.randn(columns, width) / math.sqrt(width), double=True)
+
+    def ours(x: Tensor) -> Results:
+        return [nf4.nf4_mm(x, weight, torch.empty(x.shape[0], columns, dtype=x.dtype))]
+
+    def reference(x: Tensor) -> Results:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return [(x.to(wide) @ nf4.reference_dequantize(weight, torch.float32).to(wide).T).to(x.dtype)]
+
+    return Case(
+        [torch.randn(rows, width).to(dtype)], ours, reference, f"x W^T, W in NF4, {rows} x {columns} x {width}",
+        2 * rows * columns * width, "GFLOP/s", peer_name="dequantise + matmul",
+    )  # fmt: skip
+
+
+def _merge(dtype: torch.dtype, large: bool) -> Case:
+    size = 2**22 if large else 1003
+
+    def ours(*inputs: Tensor) -> Results:
+        out = torch.empty_like(inputs[0])
+        merge.weighted_sum(inputs, [0.5, 0.25, 0.25], out)
+        return [out]
+
+    def reference(*inputs: Tensor) -> Results:
+        wide = torch.promote_types(inputs[0].dtype, torch.float32)
+        return [sum(x.to(wide) * w for x, w in zip(inputs, (0.5, 0.25, 0.25), strict=True)).to(inputs[0].dtype)]  # type: ignore[union-attr]
+
+    inputs = [torch.randn(size).to(dtype) for _ in range(3)]
+    return Case(inputs, ours, reference, f"weighted sum of 3 x {size}", 4 * size * inputs[0].element_size(), "GB/s")
 
 
 def _lora(dtype: torch.dtype, large: bool) -> Case:
@@ -214,11 +266,14 @@ def _matmul(dtype: torch.dtype, large: bool) -> Case:
 CASES = {
     "attention": _attention,
     "linear_logprob": _linear_logprob,
+    "linear_kl": _linear_kl,
     "lora": _lora,
     "norm": _norm,
     "rope": _rope,
     "glu": _glu,
     "adamw": _adamw,
+    "nf4": _nf4,
+    "merge": _merge,
     "matmul": _matmul,
 }
 DTYPES = (torch.float32, torch.bfloat16)
