@@ -4,7 +4,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt
 
-.PHONY: setup demo test slow-test lint format peers bench clean
+.PHONY: setup demo test slow-test lint format peers link sanitize bench clean
 
 setup: .venv/installed
 
@@ -46,6 +46,20 @@ peers: .venv-peers/installed
 	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt -r bench/peers.txt
 	@touch $@
+
+# JAX and transformers, which the examples of examples/link plug the kernels into, on top of the packages of .venv.
+link: .venv-link/installed
+.venv-link/installed: .venv/packages
+	@echo "== jax and transformers into .venv-link"
+	@test -x .venv-link/bin/python || $(PYTHON) -m venv .venv-link
+	@$(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > "$$(.venv-link/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	@.venv-link/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt jax transformers
+	@touch $@
+
+# The kernel tests and the fuzzer under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: setup
+	tests/sanitize.sh
 
 bench: setup
 	$(PY) -m bench all

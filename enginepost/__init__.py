@@ -7,6 +7,26 @@ if TYPE_CHECKING:
     from enginepost.generate import load as load
     from enginepost.train import train as train
 
+
+def cmake_prefix() -> str:
+    """The directory for CMAKE_PREFIX_PATH with which `find_package(enginepost)` finds the kernel library of this installation.
+
+    It holds lib/libenginepost.so, include/enginepost/*.h and lib/cmake/enginepost. Raises EnginepostError where the extension is
+    not built.
+    """
+    import importlib.util
+    import pathlib
+
+    from enginepost.errors import EnginepostError
+
+    spec = importlib.util.find_spec("enginepost._core")
+    if spec is None or spec.origin is None:
+        raise EnginepostError(
+            "the native extension is not built, so there is no library to link; `make setup` builds it"
+        )
+    return str(pathlib.Path(spec.origin).parent)
+
+
 _HOME = {"load": "enginepost.generate", "train": "enginepost.train", "render": "enginepost.data"}
 
 
