@@ -152,6 +152,7 @@ def paged_reference(
     return reference(q, k, v, cu_seqlens, cu_seqlens_k, causal=causal, window=window, softcap=softcap, scale=scale)
 
 
+@takes_arrays
 def paged_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor, seqused_k: Tensor, cu_seqlens: Tensor | None = None,
     *, causal: bool = True, window: int = 0, softcap: float = 0.0, scale: float | None = None,

@@ -23,6 +23,7 @@ Jensen-Shannon divergence: beta is the teacher's weight in m.
 """
 
 import math
+import os
 from collections.abc import Iterator
 
 import torch
@@ -32,7 +33,7 @@ from enginepost.kernels.arrays import make_callable, takes_arrays
 from enginepost.kernels.matmul import mm
 
 KINDS = ("forward", "reverse", "js")
-BLOCK_ELEMENTS = 1 << 21  # of a block of logits: 8 MB of float32
+BLOCK_ELEMENTS = 1 << 20  # of a block of logits: 4 MB of float32
 SMALLEST_OTHER = 2.0**-23  # the teacher's probability of "other" is never less, so that reverse KL stays finite
 
 
@@ -96,6 +97,11 @@ def linear_kl(
         student_hidden, student_head, teacher_hidden, teacher_head, teacher_topk, mask, kind, beta, temperature, softcap,
         teacher_softcap,
     )  # fmt: skip
+    if os.environ.get("ENGINEPOST_BACKEND") == "reference":
+        return reference(
+            student_hidden, student_head, teacher_hidden=teacher_hidden, teacher_head=teacher_head, teacher_topk=teacher_topk,
+            mask=mask, kind=kind, beta=beta, temperature=temperature, softcap=softcap, teacher_softcap=teacher_softcap,
+        )  # fmt: skip
     ids, logprobs = (None, None) if teacher_topk is None else teacher_topk
     rows = None if mask is None else mask.nonzero().squeeze(1)
     if rows is not None:

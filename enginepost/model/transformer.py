@@ -65,7 +65,7 @@ class Linear(nn.Module):
         return lora_linear(x, self.weight, self.bias, self.parts, dropout=dropout, seed=seed)
 
     def _few(self, x: Tensor) -> Tensor:
-        """A decoding step: reading W is the cost, so float32 updates must not make a float32 copy of it."""
+        """A decoding step without gradients: what lora_linear does beside the products is a tenth to a quarter of its time there."""
         y = mm(x, self.weight.t())
         if self.bias is not None:
             y += self.bias

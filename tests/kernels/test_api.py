@@ -124,6 +124,20 @@ def test_numpy_through_lists_and_parts():
     assert kernels.global_norm([np.array([3.0], np.float32), np.array([4.0], np.float32)]) == 5.0
 
 
+def test_numpy_of_a_paged_cache_and_a_teacher():
+    rng = np.random.default_rng(3)
+    q, cache = rng.standard_normal((2, 4, 16), dtype=np.float32), rng.standard_normal((3, 8, 2, 16), dtype=np.float32)
+    table, used = np.array([[2, 0], [1, 1]], np.int32), np.array([12, 5], np.int32)
+    out, lse = kernels.paged_attention(q, cache, cache, table, used)
+    expected = kernels.paged_attention(*map(torch.from_numpy, (q, cache, cache, table, used)))
+    np.testing.assert_array_equal(out, expected[0].numpy())
+    np.testing.assert_array_equal(lse, expected[1].numpy())
+    hidden, head = rng.standard_normal((5, 16), dtype=np.float32), rng.standard_normal((30, 16), dtype=np.float32)
+    ids, logprobs = np.arange(10).reshape(5, 2), np.full((5, 2), -1.0, np.float32)
+    kl = kernels.linear_kl(hidden, head, teacher_topk=(ids, logprobs))
+    assert isinstance(kl, np.ndarray) and kl.shape == (5,) and (kl > 0).all()
+
+
 def test_numpy_in_place():
     def step(make):
         p, g, m, v = (make(np.full(5, x, np.float32)) for x in (1.0, 0.5, 0.0, 0.0))

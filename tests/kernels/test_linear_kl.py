@@ -195,6 +195,12 @@ def test_block_size_does_not_matter(monkeypatch):
             torch.testing.assert_close(a, b)
 
 
+def test_reference_backend(monkeypatch):
+    hidden, head, teacher = inputs(torch.float32)
+    monkeypatch.setenv("ENGINEPOST_BACKEND", "reference")
+    assert torch.equal(linear_kl(hidden, head, **teacher), reference(hidden, head, **teacher))
+
+
 def test_only_the_gradients_asked():
     hidden, head, teacher = inputs()
     both = with_gradients(linear_kl, hidden, head, torch.ones(5), **teacher)
