@@ -77,92 +77,94 @@ void adamw_step(const AdamW &a) {
   return a.grad_bf16 ? step<float, bf16>(a) : step<float, float>(a);
 }
 
-// One group of `count` elements from element `from` on. Elements beyond the count are decoded as zero and stay so.
+// Decoded, updated moments and the moved parameter.
+struct Moved {
+  V m, v, p;
+};
+struct Update {
+  V scale, keep1, keep2, take1, take2, inv_c2, eps, decay, step_size;
+  explicit Update(const AdamW &s)
+      : scale(set1(s.scale)),
+        keep1(set1(s.keep1)),
+        keep2(set1(s.keep2)),
+        take1(set1(s.take1)),
+        take2(set1(s.take2)),
+        inv_c2(set1(s.inv_c2)),
+        eps(set1(s.eps)),
+        decay(set1(s.decay)),
+        step_size(set1(s.step_size)) {}
+  Moved operator()(V g, V m, V v, V p) const {
+    m = fma(keep1, m, take1 * g);
+    v = fma(keep2, v, take2 * g * g);
+    return {m, v, p * decay - step_size * (m / (sqrt(v * inv_c2) + eps))};
+  }
+};
+
+// One group: elements [from, from + count), count < GROUP at the end of the tensor.
 template <class P, class G>
-static inline void group(const AdamW8 &a, const AdamW &s, int64_t from, int64_t count) {
+static inline void group(const AdamW8 &a, const AdamW &s, const Update &update, int64_t from, int64_t count) {
   P *param = reinterpret_cast<P *>(s.param) + from;
   const G *grad = reinterpret_cast<const G *>(s.grad) + from;
   float *master = s.master == nullptr ? nullptr : s.master + from;
-  const int64_t index = from / GROUP;
-  alignas(64) float m[GROUP], v[GROUP], g[GROUP];
-  alignas(64) uint8_t codes[2][GROUP] = {};
   uint8_t *mc = a.m + from, *vc = a.v + from;
-  if (count < GROUP) {
-    std::memcpy(codes[0], mc, size_t(count));
-    std::memcpy(codes[1], vc, size_t(count));
-    mc = codes[0], vc = codes[1];
-  }
-  const V scale = set1(s.scale), keep1 = set1(s.keep1), keep2 = set1(s.keep2), take1 = set1(s.take1), take2 = set1(s.take2),
-          inv_c2 = set1(s.inv_c2), eps = set1(s.eps), decay = set1(s.decay), step_size = set1(s.step_size),
-          m_scale = set1(a.m_scale[index]), v_scale = set1(a.v_scale[index]);
+  const V m_scale = set1(a.m_scale[from / GROUP]), v_scale = set1(a.v_scale[from / GROUP]);
+  alignas(64) float m[GROUP], v[GROUP];
   V odd = zero();  // NaN as soon as a gradient is not finite
-  for (int64_t i = count / N * N; i < GROUP; i++) g[i] = 0.f;
-  each(count, [&](int64_t i, int n) {
-    const V x = get(grad + i, n) * scale;
-    put(g + i, x, n);
-    odd = fma(x, zero(), odd);
-  });
-  bool skipped[GROUP] = {};
-  const float sum_odd = sum(odd);
-  if (sum_odd != sum_odd) {
-    for (int64_t i = 0; i < count; i++) skipped[i] = !(g[i] - g[i] == 0.f);
-  }
-  V m_most = zero(), v_most = zero();
-  for (int64_t i = 0; i < GROUP; i += N) {
-    const V x = load(g + i);
-    const V mi = fma(keep1, pick(a.m_code->value, load_bytes(mc + i)) * m_scale, take1 * x);
-    const V vi = fma(keep2, pick(a.v_code->value, load_bytes(vc + i)) * v_scale, take2 * x * x);
-    store(m + i, mi);
-    store(v + i, vi);
-  }
-  if (sum_odd != sum_odd) {
-    for (int64_t i = 0; i < count; i++) {
-      if (skipped[i]) m[i] = v[i] = 0.f;
+  each(count, [&](int64_t i, int n) { odd = fma(get(grad + i, n) * update.scale, zero(), odd); });
+  const float finite = sum(odd);
+  if (count == GROUP && finite == 0.f) {
+    for (int64_t i = 0; i < GROUP; i += N) {
+      const V old = master == nullptr ? load(param + i) : load(master + i);
+      const Moved r = update(load(grad + i) * update.scale, pick(a.m_code->value, mc + i) * m_scale,
+                             pick(a.v_code->value, vc + i) * v_scale, old);
+      store(m + i, r.m);
+      store(v + i, r.v);
+      if (master != nullptr) store(master + i, r.p);
+      store(param + i, r.p);
+    }
+  } else {
+    for (int64_t i = 0; i < GROUP; i++) {
+      m[i] = v[i] = 0.f;
+      const float g = i < count ? to_float(grad[i]) * s.scale : INFINITY;
+      if (!(g - g == 0.f)) continue;
+      const Moved r = update(set1(g), set1(a.m_code->value[mc[i]]) * m_scale, set1(a.v_code->value[vc[i]]) * v_scale,
+                             set1(master == nullptr ? to_float(param[i]) : master[i]));
+      float lane[3][N];
+      store(lane[0], r.m), store(lane[1], r.v), store(lane[2], r.p);
+      m[i] = lane[0][0], v[i] = lane[1][0];
+      if (master != nullptr) master[i] = lane[2][0];
+      from_float(lane[2][0], param + i);
     }
   }
-  for (int64_t i = count; i < GROUP; i++) m[i] = v[i] = 0.f;
+  V m_most = zero(), v_most = zero();
   for (int64_t i = 0; i < GROUP; i += N) {
     m_most = max(magnitude(load(m + i)), m_most);
     v_most = max(load(v + i), v_most);
   }
-  if (sum_odd != sum_odd) {
-    for (int64_t i = 0; i < count; i++) {
-      if (skipped[i]) continue;
-      const float old = master == nullptr ? to_float(param[i]) : master[i];
-      const float p = old * s.decay - s.step_size * (m[i] / (std::sqrt(v[i] * s.inv_c2) + s.eps));
-      if (master != nullptr) master[i] = p;
-      from_float(p, param + i);
-    }
-  } else {
-    each(count, [&](int64_t i, int n) {
-      const V old = master == nullptr ? get(param + i, n) : get(master + i, n);
-      const V p = old * decay - step_size * (load(m + i) / (sqrt(load(v + i) * inv_c2) + eps));
-      if (master != nullptr) put(master + i, p, n);
-      put(param + i, p, n);
-    });
-  }
-  const float most[2] = {max(m_most), max(v_most)};
-  a.m_scale[index] = most[0], a.v_scale[index] = most[1];
-  const V m_factor = set1(1.f / (most[0] < 1e-38f ? 1e-38f : most[0])),
-          v_factor = set1(1.f / (most[1] < 1e-38f ? 1e-38f : most[1]));
+  const float m_max = max(m_most), v_max = max(v_most);
+  a.m_scale[from / GROUP] = m_max, a.v_scale[from / GROUP] = v_max;
+  const V m_factor = set1(1.f / (m_max < 1e-38f ? 1e-38f : m_max)), v_factor = set1(1.f / (v_max < 1e-38f ? 1e-38f : v_max));
   const V below_zero = set1(a.m_code->value[126]), above_zero = set1(a.v_code->value[1]), huge = set1(1e30f);
   for (int64_t i = 0; i < GROUP; i += N) {
-    store_bytes(mc + i, nearest(*a.m_code, lower_negative(load(m + i) * m_factor, below_zero)));
+    store(m + i, lower_negative(load(m + i) * m_factor, below_zero));
     const V x = load(v + i) * v_factor;
-    store_bytes(vc + i, nearest(*a.v_code, max(x, min(x * huge, above_zero))));
+    store(v + i, max(x, min(x * huge, above_zero)));
   }
-  if (count < GROUP) {
-    std::memcpy(a.m + from, mc, size_t(count));
-    std::memcpy(a.v + from, vc, size_t(count));
+  if (count == GROUP) {
+    encode(*a.m_code, m, GROUP, mc);
+    encode(*a.v_code, v, GROUP, vc);
+  } else {
+    for (int64_t i = 0; i < count; i++) mc[i] = uint8_t(nearest(*a.m_code, m[i])), vc[i] = uint8_t(nearest(*a.v_code, v[i]));
   }
 }
 
 template <class P, class G>
 static void step8(const AdamW8 &a) {
+  const Update update(a.step);
   parallel_for(blocks(a.step.size), [&](int64_t task, int) {
     const int64_t end = a.step.size - task * BLOCK < BLOCK ? a.step.size : (task + 1) * BLOCK;
     for (int64_t from = task * BLOCK; from < end; from += GROUP) {
-      group<P, G>(a, a.step, from, end - from < GROUP ? end - from : GROUP);
+      group<P, G>(a, a.step, update, from, end - from < GROUP ? end - from : GROUP);
     }
   });
 }

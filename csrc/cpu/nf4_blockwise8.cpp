@@ -47,7 +47,9 @@ static void quantize(const Blockwise8 &a) {
       a.absmax[from >> a.shift] = whole ? most : divisor;
       if (whole) {
         const V f = set1(factor);
-        for (int64_t i = from; i < from + count; i += N) store_bytes(a.q + i, nearest(*a.code, load(x + i) * f));
+        alignas(64) float scaled[4096];
+        for (int64_t i = 0; i < count; i += N) store(scaled + i, load(x + from + i) * f);
+        encode(*a.code, scaled, count, a.q + from);
       } else {
         for (int64_t i = from; i < from + count; i++) a.q[i] = uint8_t(nearest(*a.code, to_float(x[i]) / divisor));
       }
@@ -66,7 +68,7 @@ static void dequantize(const Blockwise8 &a) {
       const float scale = a.absmax[from >> a.shift];
       const int64_t stop = from + (int64_t(1) << a.shift) < end ? from + (int64_t(1) << a.shift) : end;
       for (; from + N <= stop; from += N) {
-        store(out + from, pick(a.value, load_bytes(a.q + from)) * set1(scale) + set1(a.offset));
+        store(out + from, pick(a.value, a.q + from) * set1(scale) + set1(a.offset));
       }
       for (; from < stop; from++) from_float(a.value[a.q[from]] * scale + a.offset, out + from);
     }
