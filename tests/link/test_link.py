@@ -86,7 +86,7 @@ def test_cpp_without_python_or_torch(prefix, tmp_path):
     text = run(tmp_path / "attention", env={})
     assert "largest error" in text and "without k: attention_forward: k is missing" in text
     needs = run("ldd", tmp_path / "attention")
-    assert "libenginepost.so" in needs and "torch" not in needs and "python" not in needs
+    assert "libenginepost.so" in needs and "libtorch" not in needs and "libpython" not in needs
 
 
 def test_headers_are_plain_c(prefix, tmp_path):
