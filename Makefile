@@ -40,11 +40,17 @@ format: setup
 	.venv/bin/clang-format -i $(filter csrc/%,$(NATIVE))
 
 # The peers that benchmarks run beside us, in an environment of their own.
-peers: .venv-peers/installed
+peers: .venv-peers/installed .venv-mergekit/installed
 .venv-peers/installed: bench/peers.txt
 	@echo "== peers into .venv-peers (transformers, peft, trl)"
 	@test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
 	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt -r bench/peers.txt
+	@touch $@
+
+.venv-mergekit/installed: bench/peers-merge.txt  # mergekit pins its own versions
+	@echo "== mergekit into .venv-mergekit"
+	@test -x .venv-mergekit/bin/python || $(PYTHON) -m venv .venv-mergekit
+	@.venv-mergekit/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt -r bench/peers-merge.txt
 	@touch $@
 
 # JAX and transformers, which the examples of examples/link plug the kernels into, on top of the packages of .venv.

@@ -102,7 +102,7 @@ def main(out: pathlib.Path) -> None:
     known, held_out = questions(seed=0, held_out=HELD_OUT)
 
     console.rule("1  raw text, a tokenizer, a model with random weights")
-    raw = write_rows(out / "raw_text.jsonl", [{"text": text} for text in documents(known, seed=0, passes=100)])
+    raw = write_rows(out / "raw_text.jsonl", [{"text": text} for text in documents(known, seed=0, passes=160)])
     rows = write_rows(out / "instructions.jsonl", [{"messages": as_messages(q, answer=True)} for q in known])
     make_base(out / "random", raw)
 
@@ -119,8 +119,8 @@ def main(out: pathlib.Path) -> None:
     tuned = train(
         out / "sft.yaml",
         model=str(base), data=str(rows), output=str(out / "sft"), method="sft", dtype="fp32", max_length=128,
-        batch_size=4, gradient_accumulation=1, epochs=8, learning_rate=4e-3, checkpointing=False, save_every=500,
-        log_every=10,
+        batch_size=4, gradient_accumulation=1, epochs=16, learning_rate=2e-3, lora={"r": 32, "alpha": 32},
+        checkpointing=False, save_every=500, log_every=10,
     )  # fmt: skip
     adapter = str(pathlib.Path(tuned) / "adapter")
 
