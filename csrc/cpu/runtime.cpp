@@ -222,11 +222,12 @@ bool view(Tensor &out, const DLTensor *t, const char *fn, const char *name, int 
   }
   unsigned bit = dtype_bit(t->dtype);
   if (!(bit & dtypes)) {
-    return fail(EP_INVALID_ARGUMENT, "%s: %s must be %s, got DLPack dtype code %d with %d bits", fn, name,
-                dtype_names(dtypes).c_str(), int(t->dtype.code), int(t->dtype.bits)),
+    return fail(EP_INVALID_ARGUMENT, "%s: %s must be %s, got DLPack dtype code %d with %d bits and %d lanes", fn, name,
+                dtype_names(dtypes).c_str(), int(t->dtype.code), int(t->dtype.bits), int(t->dtype.lanes)),
            false;
   }
-  if (t->ndim != ndim || (ndim > 0 && t->shape == nullptr)) {
+  if (t->ndim == ndim && ndim > 0 && t->shape == nullptr) return fail(EP_INVALID_ARGUMENT, "%s: %s has no shape", fn, name), false;
+  if (t->ndim != ndim) {
     return fail(EP_INVALID_ARGUMENT, "%s: %s must have %d dimensions, got %d", fn, name, ndim, int(t->ndim)), false;
   }
   out.dtype = bit;

@@ -372,7 +372,7 @@ def library_path():
     path = os.environ.get("ENGINEPOST_FUZZ_LIBRARY")
     if path:
         return path
-    import enginepost._core  # which loads it
+    import enginepost._core  # noqa: F401 (loads it)
 
     with open("/proc/self/maps") as maps:
         return next(line.split()[-1] for line in maps if line.rstrip().endswith("/libenginepost.so"))
