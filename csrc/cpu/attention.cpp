@@ -20,13 +20,23 @@ static int check_like(const char *fn, const char *name, const Tensor &t, const c
   return EP_OK;
 }
 
-// A result: nothing may be written twice.
-static int check_output(const char *fn, const char *name, const Tensor &t) {
+// A result of three dimensions: nothing may be written twice, nor over the integers that say where to read.
+static int check_output(const char *fn, const char *name, const Tensor &t, const Tensor &starts, const Tensor &starts_k,
+                        const Tensor &used) {
+  if (int status = check_apart(fn, name, t, "cu_seqlens", starts)) return status;
+  if (int status = check_apart(fn, name, t, "cu_seqlens_k or block_table", starts_k)) return status;
+  if (int status = check_apart(fn, name, t, "seqused_k", used)) return status;
   const bool apart = t.size == 0 || ((t.shape[1] == 1 || t.stride[1] >= t.shape[2]) &&
                                      (t.shape[0] == 1 || t.stride[0] >= (t.shape[1] - 1) * t.stride[1] + t.shape[2]));
   EP_REQUIRE(apart, "%s: %s has strides (%lld, %lld, 1), so that its rows overlap", fn, name, (long long)t.stride[0],
              (long long)t.stride[1]);
   return EP_OK;
+}
+
+static int check_lse(const char *fn, const Tensor &lse, const Tensor &starts, const Tensor &starts_k, const Tensor &used) {
+  if (int status = check_apart(fn, "lse", lse, "cu_seqlens", starts)) return status;
+  if (int status = check_apart(fn, "lse", lse, "cu_seqlens_k or block_table", starts_k)) return status;
+  return check_apart(fn, "lse", lse, "seqused_k", used);
 }
 
 static int check_starts(const char *fn, const char *name, const Tensor &t, int64_t tokens, const char *of) {
@@ -70,7 +80,7 @@ static HeadRows rows_of(const Tensor &t) { return {t.data, t.stride[0], t.stride
 
 namespace {
 struct Inputs {
-  Tensor q, k, v, out, lse;
+  Tensor q, k, v, out, lse, starts, starts_k, used;
   AttentionShape shape;
 };
 }  // namespace
@@ -110,6 +120,7 @@ static int check_inputs(const char *fn, Inputs &in, const DLTensor *q, const DLT
     }
   }
   if (int status = check_params(fn, params)) return status;
+  in.starts = starts, in.starts_k = starts_k, in.used = used;
   in.shape = {reinterpret_cast<const int32_t *>(starts.data),
               cu_k,
               reinterpret_cast<const int32_t *>(used.data),
@@ -181,7 +192,8 @@ extern "C" int ep_attention_forward(const DLTensor *q, const DLTensor *k, const 
   const char *fn = "attention_forward";
   Inputs in;
   if (int status = check_inputs(fn, in, q, k, v, cu_seqlens, cu_seqlens_k, seqused_k, out, lse, params)) return status;
-  if (int status = check_output(fn, "out", in.out)) return status;
+  if (int status = check_output(fn, "out", in.out, in.starts, in.starts_k, in.used)) return status;
+  if (int status = check_lse(fn, in.lse, in.starts, in.starts_k, in.used)) return status;
   if (in.out.size == 0) return EP_OK;
   if (int status = check_workspace(fn, workspace)) return status;
   AttentionForward a;
@@ -222,7 +234,6 @@ extern "C" int ep_paged_attention(const DLTensor *q, const DLTensor *k_cache, co
   EP_VIEW(used, seqused_k, 1, I32);
   const int64_t tokens = qv.shape[0], sequences = used.shape[0], page_size = kv.shape[1];
   if (int status = check_heads(fn, qv, outv, lsev, "k_cache", kv, kv.shape[2], kv.shape[3])) return status;
-  if (int status = check_output(fn, "out", outv)) return status;
   EP_REQUIRE(page_size >= 1, "%s: a page of k_cache must hold at least one key", fn);
   EP_REQUIRE(vv.dtype == kv.dtype, "%s: v_cache must have the dtype of k_cache", fn);
   for (int i = 0; i < 4; i++) {
@@ -259,6 +270,8 @@ extern "C" int ep_paged_attention(const DLTensor *q, const DLTensor *k_cache, co
              reinterpret_cast<const int32_t *>(table.data),
              table.stride[0],
              table.shape[1]};
+  if (int status = check_output(fn, "out", outv, starts, table, used)) return status;
+  if (int status = check_lse(fn, lsev, starts, table, used)) return status;
   if (int status = check_pages(fn, a.shape, kv.shape[0])) return status;
   if (outv.size == 0) return EP_OK;
   if (int status = check_workspace(fn, workspace)) return status;
@@ -286,9 +299,9 @@ extern "C" int ep_attention_backward(const DLTensor *dout, const DLTensor *q, co
   if (int status = check_like(fn, "dq", dqv, "q", in.q)) return status;
   if (int status = check_like(fn, "dk", dkv, "k", in.k)) return status;
   if (int status = check_like(fn, "dv", dvv, "k", in.k)) return status;
-  if (int status = check_output(fn, "dq", dqv)) return status;
-  if (int status = check_output(fn, "dk", dkv)) return status;
-  if (int status = check_output(fn, "dv", dvv)) return status;
+  if (int status = check_output(fn, "dq", dqv, in.starts, in.starts_k, in.used)) return status;
+  if (int status = check_output(fn, "dk", dkv, in.starts, in.starts_k, in.used)) return status;
+  if (int status = check_output(fn, "dv", dvv, in.starts, in.starts_k, in.used)) return status;
   if (in.q.size == 0 && in.k.size == 0) return EP_OK;
   if (int status = check_workspace(fn, workspace)) return status;
   AttentionBackward a;

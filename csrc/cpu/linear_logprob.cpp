@@ -156,8 +156,12 @@ extern "C" int ep_linear_logprob_forward(const DLTensor *hidden, const DLTensor 
   }
   if (direction != nullptr) {
     if (int status = check_matrix(fn, "direction", directionv, "hidden", in.hidden)) return status;
-    clear_rows(s, directionv.data, directionv.stride[0] * 4, s.width * 4);
   }
+  if (int status = check_apart(fn, "logprob", logprobv, "targets", in.targets)) return status;
+  if (int status = check_apart(fn, "lse", in.lse, "targets", in.targets)) return status;
+  if (int status = check_apart(fn, "entropy", entropyv, "targets", in.targets)) return status;
+  if (int status = check_apart(fn, "direction", directionv, "targets", in.targets)) return status;
+  if (direction != nullptr) clear_rows(s, directionv.data, directionv.stride[0] * 4, s.width * 4);
   clear_rows(s, logprobv.data, 4, 4);
   clear_rows(s, in.lse.data, 4, 4);
   if (entropy != nullptr) clear_rows(s, entropyv.data, 4, 4);
@@ -192,6 +196,8 @@ extern "C" int ep_linear_logprob_backward(const DLTensor *dlogprob, const DLTens
     if (int status = check_vector(fn, "dentropy", dentropyv, s.tokens)) return status;
     if (int status = check_vector(fn, "entropy", entropyv, s.tokens)) return status;
   }
+  if (int status = check_apart(fn, "dhidden", dhiddenv, "targets", in.targets)) return status;
+  if (int status = check_apart(fn, "dweight", dweightv, "targets", in.targets)) return status;
   if (dhidden != nullptr) {
     if (int status = check_matrix(fn, "dhidden", dhiddenv, "hidden", in.hidden)) return status;
     EP_REQUIRE(dhiddenv.dtype == in.hidden.dtype, "%s: dhidden must have the dtype of hidden", fn);

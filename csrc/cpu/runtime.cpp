@@ -222,11 +222,12 @@ bool view(Tensor &out, const DLTensor *t, const char *fn, const char *name, int 
   }
   unsigned bit = dtype_bit(t->dtype);
   if (!(bit & dtypes)) {
-    return fail(EP_INVALID_ARGUMENT, "%s: %s must be %s, got DLPack dtype code %d with %d bits", fn, name,
-                dtype_names(dtypes).c_str(), int(t->dtype.code), int(t->dtype.bits)),
+    return fail(EP_INVALID_ARGUMENT, "%s: %s must be %s, got DLPack dtype code %d with %d bits and %d lanes", fn, name,
+                dtype_names(dtypes).c_str(), int(t->dtype.code), int(t->dtype.bits), int(t->dtype.lanes)),
            false;
   }
-  if (t->ndim != ndim || (ndim > 0 && t->shape == nullptr)) {
+  if (t->ndim == ndim && ndim > 0 && t->shape == nullptr) return fail(EP_INVALID_ARGUMENT, "%s: %s has no shape", fn, name), false;
+  if (t->ndim != ndim) {
     return fail(EP_INVALID_ARGUMENT, "%s: %s must have %d dimensions, got %d", fn, name, ndim, int(t->ndim)), false;
   }
   out.dtype = bit;
@@ -260,6 +261,21 @@ bool view(Tensor &out, const DLTensor *t, const char *fn, const char *name, int 
     return fail(EP_INVALID_ARGUMENT, "%s: the data of %s is not aligned to its element size", fn, name), false;
   }
   return true;
+}
+
+// One past the last byte of a view.
+static const char *end_of(const Tensor &t) {
+  int64_t last = 0;
+  for (int i = 0; i < 4; i++) last += t.shape[i] > 1 ? (t.shape[i] - 1) * t.stride[i] : 0;
+  const int64_t bytes = t.dtype == U8 ? 1 : t.dtype == BF16 ? 2 : t.dtype == I64 ? 8 : 4;
+  return t.data + (last + 1) * bytes;
+}
+
+int check_apart(const char *fn, const char *result_name, const Tensor &result, const char *index_name, const Tensor &index) {
+  const bool apart = result.data == nullptr || index.data == nullptr || result.size == 0 || index.size == 0 ||
+                     end_of(result) <= index.data || end_of(index) <= result.data;
+  EP_REQUIRE(apart, "%s: %s lies over %s in memory", fn, result_name, index_name);
+  return EP_OK;
 }
 
 }  // namespace ep

@@ -26,6 +26,10 @@ int fail(int status, const char *format, ...) __attribute__((format(printf, 2, 3
 // Fills `out` or writes an error and returns false: device, dtype, rank, strides, alignment.
 bool view(Tensor &out, const DLTensor *t, const char *fn, const char *name, int ndim, unsigned dtypes);
 
+// EP_INVALID_ARGUMENT when a result lies over integers that say where to read: once overwritten, the checked indices are wild ones.
+// An empty view (an optional argument that was not given) overlaps nothing.
+int check_apart(const char *fn, const char *result_name, const Tensor &result, const char *index_name, const Tensor &index);
+
 }  // namespace ep
 
 // Inside an extern "C" function that has `const char *fn`.
