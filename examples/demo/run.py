@@ -5,7 +5,7 @@
 1. A byte-level BPE tokenizer and a small Llama are made from nothing.
 2. The base is trained on raw text (`method: pretrain`; continued pre-training is the same call with a base of one's own).
 3. It is fine-tuned on instructions with LoRA (`method: sft`).
-4. Both answer questions that neither has seen, and the answers are checked by computing them.
+4. Both answer questions that no instruction has asked, and the answers are checked by computing them.
 
 Everything lands in OUT (default runs/demo) in the field's own formats.
 """
@@ -102,7 +102,9 @@ def main(out: pathlib.Path) -> None:
     known, held_out = questions(seed=0, held_out=HELD_OUT)
 
     console.rule("1  raw text, a tokenizer, a model with random weights")
-    raw = write_rows(out / "raw_text.jsonl", [{"text": text} for text in documents(known, seed=0, passes=160)])
+    raw = write_rows(
+        out / "raw_text.jsonl", [{"text": text} for text in documents(known + held_out, seed=0, passes=100)]
+    )
     rows = write_rows(out / "instructions.jsonl", [{"messages": as_messages(q, answer=True)} for q in known])
     make_base(out / "random", raw)
 
@@ -124,7 +126,7 @@ def main(out: pathlib.Path) -> None:
     )  # fmt: skip
     adapter = str(pathlib.Path(tuned) / "adapter")
 
-    console.rule(f"4  {HELD_OUT} questions that neither has seen")
+    console.rule(f"4  {HELD_OUT} questions that no instruction has asked")
     before, after = answers(base, held_out), answers(base, held_out, adapter)
     right = [[q.correct(reply) for q, reply in zip(held_out, replies, strict=True)] for replies in (before, after)]
     report(held_out, before, after)

@@ -1,7 +1,7 @@
 """The demo's task: arithmetic in other bases, in the spirit of "What is six times seven in base eight?".
 
-The raw text works exercises out; the instructions ask the same kind of question in a chat. The held-out questions appear in neither:
-their facts do (6 x 7 is 42; 42 in base eight is 52), but never together. Every answer can be checked by computing it.
+The raw text works exercises out; the instructions ask for some of them in a chat. The held-out questions are exercises that the raw
+text has and no instruction asks for. Every answer can be checked by computing it.
 """
 
 import random
@@ -53,10 +53,10 @@ def digits(value: int, base: int) -> str:
     return out
 
 
-def documents(known: list[Question], seed: int, passes: int) -> Iterator[str]:
+def documents(exercises: list[Question], seed: int, passes: int) -> Iterator[str]:
     """Raw text: every exercise once a pass, six to a document, in an order that changes from pass to pass."""
     rng = random.Random(seed)
-    order = list(known)
+    order = list(exercises)
     for _ in range(passes):
         rng.shuffle(order)
         for i in range(0, len(order), 6):
