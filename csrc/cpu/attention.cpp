@@ -137,20 +137,6 @@ static int check_inputs(const char *fn, Inputs &in, const DLTensor *q, const DLT
   return EP_OK;
 }
 
-// Hands out parts of the workspace, each on a cache line of its own; with a null workspace it only counts.
-namespace {
-struct Carver {
-  char *base;
-  int64_t bytes = 0;
-  template <class T>
-  T *take(int64_t count) {
-    T *part = base == nullptr ? nullptr : reinterpret_cast<T *>(base + bytes);
-    bytes += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
-    return part;
-  }
-};
-}  // namespace
-
 static int64_t carve_forward(AttentionForward &a, char *workspace, int64_t sequences, int64_t head_dim) {
   Carver at{workspace};
   a.first_task = at.take<int64_t>(sequences + 1);

@@ -84,20 +84,6 @@ static void clear_rows(const LogprobShape &s, char *data, int64_t row_bytes, int
   }
 }
 
-// Hands out parts of the workspace, each on a cache line of its own; with a null workspace it only counts.
-namespace {
-struct Carver {
-  char *base;
-  int64_t bytes = 0;
-  template <class T>
-  T *take(int64_t count) {
-    T *part = base == nullptr ? nullptr : reinterpret_cast<T *>(base + bytes);
-    bytes += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
-    return part;
-  }
-};
-}  // namespace
-
 static int64_t carve_forward(LogprobForward &a, char *workspace, int64_t rows, int64_t width) {
   Carver at{workspace};
   a.shape.rows = at.take<int64_t>(rows);

@@ -32,6 +32,22 @@ int check_apart(const char *fn, const char *result_name, const Tensor &result, c
 
 }  // namespace ep
 
+#ifdef EP_API
+namespace ep {
+// Hands out parts of a workspace, each on a cache line of its own; with a null workspace it only counts.
+struct Carver {
+  char *base;
+  int64_t bytes = 0;
+  template <class T>
+  T *take(int64_t count) {
+    T *part = base == nullptr ? nullptr : reinterpret_cast<T *>(base + bytes);
+    bytes += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    return part;
+  }
+};
+}  // namespace ep
+#endif
+
 // Inside an extern "C" function that has `const char *fn`.
 #define EP_VIEW(out, t, ndim, dtypes) \
   ep::Tensor out;                     \

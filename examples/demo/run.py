@@ -142,13 +142,15 @@ def main(out: pathlib.Path) -> None:
         f"base model       {base}   (Hugging Face)\n"
         f"adapter          {adapter}   (PEFT)\n"
         f"fused assistant  {out / 'assistant'}\n"
-        f"metrics          {tuned}/metrics.jsonl, {out / 'metrics.json'}\n"
+        f"metrics          {tuned}/metrics.jsonl, {out / 'metrics.json'}\n",
+        soft_wrap=True,
     )
     console.print("Next, with a model and data of your own:", style="bold")
     console.print(
         f"  .venv/bin/enginepost generate {out / 'assistant'} --prompt '{held_out[0].prompt}'\n"
         f"  .venv/bin/enginepost data preview your_rows.jsonl --model path/to/model\n"
-        f"  .venv/bin/enginepost train examples/recipes/sft_lora.yaml model=path/to/model data=your_rows.jsonl"
+        f"  .venv/bin/enginepost train examples/recipes/sft_lora.yaml model=path/to/model data=your_rows.jsonl",
+        soft_wrap=True,
     )
 
 
