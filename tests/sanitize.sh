@@ -3,7 +3,7 @@
 # instruction set of this machine and on the portable one. Leaks are not looked for: Python and torch keep much until the end.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-.venv/bin/python}
+python=$PWD/.venv/bin/python
 out=build/sanitize
 mkdir -p build
 packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
