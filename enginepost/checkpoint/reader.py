@@ -121,14 +121,16 @@ class Source:
             flat[start : start + step].copy_(here)
 
     def _fill(self, offset: int, out: torch.Tensor) -> None:
-        left = memoryview(out.numpy())
+        left = memoryview(out.numpy().data)
         while left:
             try:
                 done = os.preadv(self._file, [left[:MOST]], offset)
             except OSError as error:
                 raise CheckpointError(f"{self.path}: cannot be read at byte {offset}: {error.strerror}.") from None
             if done == 0:
-                raise CheckpointError(f"{self.path}: ends at byte {offset}, {len(left)} bytes too early: it was truncated.")
+                raise CheckpointError(
+                    f"{self.path}: ends at byte {offset}, {len(left)} bytes too early: it was truncated."
+                )
             left, offset = left[done:], offset + done
 
 
