@@ -223,7 +223,7 @@ class Transformer(nn.Module):
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Hugging Face name -> a view of the weight under it, in the order of the file."""
-        from enginepost.model.weights import layout
+        from enginepost.model.layout import layout
 
         own = dict(self.named_parameters())
         return {e.name: own[e.parameter].detach()[e.start : e.stop] for e in layout(self.spec)}
