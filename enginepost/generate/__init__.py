@@ -1,4 +1,4 @@
-"""Generation: a key-value cache in slots, sampling, and `LanguageModel`, which is what `enginepost.load` gives."""
+"""Generation: a paged key-value cache, sampling, and `LanguageModel`, which is what `enginepost.load` gives."""
 
 from enginepost.generate.cache import KVCache
 from enginepost.generate.decode import Completion, generate, sample
