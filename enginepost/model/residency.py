@@ -208,7 +208,7 @@ class Stream:
 
         def pack(t: Tensor) -> Tensor | _Reference:
             if t.device != self._device or t.untyped_storage().data_ptr() != ours:
-                return t
+                return t.detach()  # an output of the node that keeps it would keep the node alive
             return _Reference(index, t.dtype, int(t.storage_offset()), t.shape, t.stride())
 
         def unpack(kept: Tensor | _Reference) -> Tensor:
