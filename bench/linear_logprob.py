@@ -7,8 +7,8 @@ of a trained head twice (8 T K V). The roof is torch's faster product of the two
 The peer is given its best: on a CPU where torch's bfloat16 product is slower than widening both operands and multiplying float32
 (AVX2: 5 to 50 times slower), that is what it does, and its name says so.
 
-linear_kl (forward KL from a teacher of the same width, both heads frozen) stands beside kl_div on two log_softmaxes; 6 T K V FLOP are
-counted, the student's product, its gradient and the teacher's product.
+linear_kl (forward KL from a teacher of the same width, both heads frozen) stands beside kl_div on two log_softmaxes; 6 T K V FLOP
+are counted, the student's product, its gradient and the teacher's product.
 """
 
 import threading
