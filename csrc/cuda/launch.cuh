@@ -28,7 +28,9 @@ inline int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_byt
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
   }
   if (error == cudaSuccess) {
-    kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)> > >(static_cast<P>(args)...);
+    // clang-format off
+    kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(args)...);
+    // clang-format on
     error = cudaPeekAtLastError();
   }
   if (error == cudaSuccess) return EP_OK;
