@@ -161,6 +161,27 @@ __device__ __forceinline__ void red_add(float *p, float v) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(p), "f"(v) : "memory");
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr int RED_WIDTH = 4;  // neighbours that one instruction adds
+// The same for four neighbours, 16-byte aligned; sm_90 and up.
+__device__ __forceinline__ void red_add_x4(float *p, const float (&v)[4]) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
+}
+#else
+constexpr int RED_WIDTH = 1;
+__device__ __forceinline__ void red_add_x4(float *, const float (&)[4]) {}
+#endif
+// A counter in global memory by which blocks wait for each other: what was written before add_release (with __threadfence, and by the
+// whole block with a barrier too) is seen after a load_acquire that sees the sum.
+__device__ __forceinline__ int load_acquire(const int *p) {
+  int v;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ void add_release(int *p, int v) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
 // ---- barriers ---------------------------------------------------------------------------------------------------------------
 
 // Barrier `id` (1 to 15; 0 is __syncthreads) of `threads` threads, a multiple of 32: those that sync wait, those that arrive do

@@ -164,6 +164,12 @@ inline void store_once(uint4 *p, uint4 v) {
   *p = v;
 }
 inline void red_add(float *p, float v) { *p += v; }
+constexpr int RED_WIDTH = 1;
+inline void red_add_x4(float *p, const float (&v)[4]) {
+  for (int i = 0; i < 4; i++) p[i] += v[i];
+}
+inline int load_acquire(const int *p) { return *p; }
+inline void add_release(int *p, int v) { *p += v; }
 
 // ---- barriers ---------------------------------------------------------------------------------------------------------------
 
