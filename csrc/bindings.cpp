@@ -204,12 +204,25 @@ PYBIND11_MODULE(_core, m) {
     for (double t : total) out.append(t);
     return out;
   });
-  m.def("merge_magnitude_counts", [](O x, O base, int prefix, O counts) {
+  m.def("merge_magnitude_counts", [](O x, O base, int64_t every, O counts) {
     Arg a(x), b(base), c(counts);
-    if (c.rank() != 2 || c->shape[0] != 2 || c->shape[1] != (prefix < 0 ? 65536 : 32768) || c->dtype.bits != 64) {
-      throw py::value_error("merge_magnitude_counts: counts must be int64 [2, 65536], or [2, 32768] with a prefix");
+    if (c.rank() != 2 || c->shape[0] != 2 || c->shape[1] != 65536 || c->dtype.bits != 64) {
+      throw py::value_error("merge_magnitude_counts: counts must be int64 [2, 65536]");
     }
-    run([&] { return ep_merge_magnitude_counts(a, b, prefix, static_cast<int64_t *>(c->data)); });
+    run([&] { return ep_merge_magnitude_counts(a, b, every, static_cast<int64_t *>(c->data)); });
+  });
+  m.def("merge_window_counts", [](O x, O base, const py::list &lows, const py::list &counts) {
+    Arg a(x), b(base);
+    Args c(counts);
+    std::vector<ep_merge_window> windows;
+    for (size_t i = 0; i < c.tensors.size(); i++) {
+      const DLTensor *t = c.tensors[i];
+      if (t->ndim != 1 || t->shape[0] < 2 || t->dtype.bits != 64 || lows.size() != c.tensors.size()) {
+        throw py::value_error("merge_window_counts: every window needs its low and its counts, int64 [1 + width]");
+      }
+      windows.push_back({lows[i].cast<int32_t>(), t->shape[0] - 1, static_cast<int64_t *>(t->data)});
+    }
+    run([&] { return ep_merge_window_counts(a, b, windows.data(), int(windows.size())); });
   });
   m.def("merge_masked_sums", [](O x, O base, const py::list &select, int64_t start, int64_t block) {
     Arg a(x), b(base);
@@ -218,10 +231,13 @@ PYBIND11_MODULE(_core, m) {
     run([&] { return ep_merge_masked_sums(a, b, s.selects.data(), start, block, total); });
     return py::make_tuple(total[0], total[1], s.seen());
   });
-  m.def("merge_rank_mask", [](O x, O base, O limits, uint64_t key, int64_t start, O mask) {
-    Arg a(x), b(base), c(limits), d(mask);
-    const int64_t bytes = c.rank() == 1 ? ep_merge_rank_mask_workspace_bytes(c->shape[0]) : 0;
-    run([&] { return ep_merge_rank_mask(a, b, c, key, start, d, scratch(bytes)); });
+  m.def("merge_rank_mask", [](O x, O base, int64_t columns, double density, double epsilon, uint64_t key, int64_t start, O mask) {
+    Arg a(x), b(base), c(mask);
+    const int64_t bytes = columns > 0 && columns < (int64_t(1) << 30) ? ep_merge_rank_mask_workspace_bytes(columns) : 0;
+    const ep_merge_rank_params p{columns, start, density, epsilon, key};
+    double total[2] = {};
+    run([&] { return ep_merge_rank_mask(a, b, p, c, total, scratch(bytes)); });
+    return py::make_tuple(total[0], total[1]);
   });
   m.def("merge_task_sum", [](O base, const py::list &x, const py::list &selects, bool elect, bool normalize, int zero_sign,
                              double scale, int64_t start, O out) {
