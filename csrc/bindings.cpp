@@ -115,7 +115,13 @@ struct Selects {
 
 }  // namespace
 
+#if defined(EP_EMULATED)
+#include "emulator/bindings.h"
+PYBIND11_MODULE(_emulated, m) {
+  ep::emulator::bind(m);
+#else
 PYBIND11_MODULE(_core, m) {
+#endif
   m.doc() = "enginepost's native kernels; use enginepost.kernels instead.";
 
   m.def("isa", [] { return std::string(ep_cpu_isa()); });
@@ -211,18 +217,14 @@ PYBIND11_MODULE(_core, m) {
     }
     run([&] { return ep_merge_magnitude_counts(a, b, every, static_cast<int64_t *>(c->data)); });
   });
-  m.def("merge_window_counts", [](O x, O base, const py::list &lows, const py::list &counts) {
-    Arg a(x), b(base);
-    Args c(counts);
-    std::vector<ep_merge_window> windows;
-    for (size_t i = 0; i < c.tensors.size(); i++) {
-      const DLTensor *t = c.tensors[i];
-      if (t->ndim != 1 || t->shape[0] < 2 || t->dtype.bits != 64 || lows.size() != c.tensors.size()) {
-        throw py::value_error("merge_window_counts: every window needs its low and its counts, int64 [1 + width]");
-      }
-      windows.push_back({lows[i].cast<int32_t>(), t->shape[0] - 1, static_cast<int64_t *>(t->data)});
+  m.def("merge_window_counts", [](O x, O base, const std::vector<int64_t> &windows, O counts) {
+    Arg a(x), b(base), c(counts);
+    int64_t size = 0;
+    for (size_t i = 1; i < windows.size(); i += 2) size += 1 + windows[i];
+    if (windows.size() % 2 != 0 || c.rank() != 1 || c->shape[0] != size || c->dtype.bits != 64) {
+      throw py::value_error("merge_window_counts: windows are pairs (low, width), and counts int64 with 1 + width for each");
     }
-    run([&] { return ep_merge_window_counts(a, b, windows.data(), int(windows.size())); });
+    run([&] { return ep_merge_window_counts(a, b, windows.data(), int(windows.size() / 2), static_cast<int64_t *>(c->data)); });
   });
   m.def("merge_masked_sums", [](O x, O base, const py::list &select, int64_t start, int64_t block) {
     Arg a(x), b(base);

@@ -1,20 +1,22 @@
 """The recipe: one YAML file of few, flat keys that says what a training run does.
 
-`Recipe` is the single list of keys, types and defaults. `load_recipe` reads a file (or a mapping), applies `key=value` overrides,
-and turns every mistake into one message with its place: file, line, key, what was expected and what came. Relative paths are
-relative to the current directory, as on the command line.
+`Recipe` is the list of keys, types and defaults; a method with keys of its own (`beta`, `loss`) has a subclass of it, found by
+`recipe_class`, so that every recipe is flat and a key that its method does not use is refused. `load_recipe` reads a file (or a
+mapping), applies `key=value` overrides, and turns every mistake into one message with its place: file, line, key, what was expected
+and what came. Relative paths are relative to the current directory, as on the command line.
 """
 
 import difflib
+import importlib
 import json
 import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from enginepost.errors import EnginepostError
 
@@ -48,6 +50,13 @@ def _targets(value: Any) -> Any:
     raise ValueError('expected "all-linear" or a list of module names such as [q_proj, v_proj]')
 
 
+def _method(value: str) -> str:
+    if value not in METHODS:
+        near = difflib.get_close_matches(value, METHODS, n=1)
+        raise ValueError(f"expected {', '.join(METHODS)}" + (f" (did you mean {near[0]}?)" if near else ""))
+    return value
+
+
 def _text(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
@@ -76,12 +85,15 @@ class Lora(_Strict):
 
 
 class Recipe(_Strict):
-    """Every key of a recipe with its default."""
+    """Every key of a recipe with its default; all that methods sft and pretrain have."""
+
+    UNUSED: ClassVar[frozenset[str]] = frozenset()  # keys below that the method of a subclass has no use for
+    OWN_LEARNING_RATES: ClassVar[tuple[float, float]] = (2e-4, 1e-5)  # default for LoRA and for full fine-tuning
 
     # what
     model: Path  # a Hugging Face model directory
     data: Paths  # files, directories or globs
-    method: Literal["sft", "pretrain"] = "sft"
+    method: Annotated[str, AfterValidator(_method)] = "sft"
     output: Path | None = None  # the run directory; default runs/<name of the recipe file>
     adapter: Path | None = None  # a PEFT adapter directory to continue from
     # rows
@@ -99,7 +111,7 @@ class Recipe(_Strict):
     max_steps: Count | None = None  # when given, decides instead of epochs
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     # optimizer
-    learning_rate: Annotated[float, Field(gt=0)] | None = None  # default 2e-4 for LoRA, 1e-5 for full fine-tuning
+    learning_rate: Annotated[float, Field(gt=0)] | None = None  # default: the method's; 2e-4 for LoRA, 1e-5 for full
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Unit = 0.03
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1  # where cosine and linear end, as a share of learning_rate
@@ -120,13 +132,30 @@ class Recipe(_Strict):
 
     @property
     def peak_learning_rate(self) -> float:
-        return self.learning_rate or (1e-5 if self.lora is None else 2e-4)
+        low_rank, full = self.OWN_LEARNING_RATES
+        return self.learning_rate or (full if self.lora is None else low_rank)
 
     def dump(self) -> str:
         """The recipe with every key as YAML: what the run directory keeps. (With an adapter, that one says what lora would.)"""
-        return yaml.safe_dump(
-            self.model_dump(mode="json", exclude=None if self.adapter is None else {"lora"}), sort_keys=False
-        )
+        hidden = self.UNUSED if self.adapter is None else self.UNUSED | {"lora"}
+        return yaml.safe_dump(self.model_dump(mode="json", exclude=set(hidden)), sort_keys=False)
+
+
+# Method -> module and class of its recipe, imported when the method is named; their keys are flat like all others.
+METHODS: dict[str, tuple[str, str]] = {
+    "sft": ("enginepost.recipe", "Recipe"),
+    "pretrain": ("enginepost.recipe", "Recipe"),
+}
+
+
+def recipe_class(method: Any) -> type[Recipe]:
+    """The Recipe of a method; `Recipe` itself for what is not the name of one."""
+    if not isinstance(method, str) or method not in METHODS:
+        return Recipe
+    module, name = METHODS[method]
+    found = getattr(importlib.import_module(module), name)
+    assert isinstance(found, type) and issubclass(found, Recipe)
+    return found
 
 
 # What a resumed run may change: none of these alters a weight.
@@ -158,11 +187,16 @@ def load_recipe(
     given = parse_overrides(overrides) if not isinstance(overrides, Mapping) else dict(overrides)
     for key, value in given.items():
         _override(values, key, value, places)
+    method = values.get("method", "sft")
+    cls = recipe_class(method)
     try:
-        checked = Recipe.model_validate(values)
+        checked = cls.model_validate(values)
     except ValidationError as error:
-        found = [_describe(e, name, places) for e in error.errors()]
+        found = [_describe(e, name, places, method) for e in error.errors()]
         raise RecipeError("\n".join(sorted(found, key=_line))) from None
+    unused = [key for key in values if key in cls.UNUSED]
+    if unused:
+        raise RecipeError("\n".join(_unused(places.get((key,), name), key, checked.method) for key in unused))
     if checked.output is None:
         stem = "run" if isinstance(recipe, Mapping) else pathlib.Path(name).stem
         checked = checked.model_copy(update={"output": os.path.join("runs", stem)})
@@ -248,13 +282,24 @@ def _line(message: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _describe(error: Any, name: str, places: dict[tuple[str, ...], str]) -> str:
+def _unused(place: str, key: str, method: str) -> str:
+    users = [
+        name for name in METHODS if key in recipe_class(name).model_fields and key not in recipe_class(name).UNUSED
+    ]
+    return f"{place}: {key}: method {method} does not use this key ({', '.join(users)} do); remove it"
+
+
+def _describe(error: Any, name: str, places: dict[tuple[str, ...], str], method: Any) -> str:
     """One pydantic error as "file:line: key: what was expected and what came"."""
     loc = tuple(str(part) for part in error["loc"])
     place = next((places[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in places), name)
     key = ".".join(loc)
     if error["type"] == "extra_forbidden":
-        fields = list(Lora.model_fields if len(loc) == 2 and loc[0] == "lora" else Recipe.model_fields)
+        cls = recipe_class(method)
+        if len(loc) == 1 and any(key in recipe_class(other).model_fields for other in METHODS):
+            return _unused(place, key, str(method))
+        keys = [k for k in cls.model_fields if k not in cls.UNUSED]
+        fields = list(Lora.model_fields) if len(loc) == 2 and loc[0] == "lora" else keys
         near = difflib.get_close_matches(loc[-1], fields, n=1, cutoff=0.6)
         hint = f"did you mean {'.'.join((*loc[:-1], near[0]))}?" if near else f"the keys are {', '.join(fields)}"
         return f"{place}: {key}: unknown key; {hint}"

@@ -40,8 +40,9 @@ struct MergeCounts {
 struct MergeWindowCounts {
   Piece x, base;
   int64_t size;
-  const ep_merge_window *windows;
+  const int64_t *windows;
   int count;
+  int64_t *counts;
 };
 struct MergeMaskedSums {
   Piece x, base;
@@ -257,10 +258,10 @@ void merge_window_counts(const MergeWindowCounts &a) {
     const int n = int(a.size - at < TILE ? a.size - at : TILE);
     load_delta(a.x, a.base, at, n, d);
     magnitude_bits(d, bits);
+    int64_t *counts = a.counts;
     for (int w = 0; w < a.count; w++) {
-      const int32_t low = a.windows[w].low;
-      const uint32_t width = uint32_t(a.windows[w].width);
-      int64_t *counts = a.windows[w].counts;
+      const int32_t low = int32_t(a.windows[2 * w]);
+      const uint32_t width = uint32_t(a.windows[2 * w + 1]);
       int32_t below = 0;
       for (int j = 0; j < TILE; j++) {
         below += bits[j] < low;
@@ -272,6 +273,7 @@ void merge_window_counts(const MergeWindowCounts &a) {
         if (n - from < 32) hits &= (1u << (n - from)) - 1;
         for (; hits != 0; hits &= hits - 1) counts[1 + bits[from + __builtin_ctz(hits)] - low]++;
       }
+      counts += 1 + int64_t(width);
     }
   }
 }
@@ -543,6 +545,7 @@ int64_t pieces(Piece *out, const DLTensor *const *x, int count, const char *fn) 
     fail(EP_INVALID_ARGUMENT, "%s: %d inputs; 1 to %d are taken", fn, count, int(EP_MERGE_MAX_INPUTS));
     return -1;
   }
+  if (x == nullptr) return fail(EP_INVALID_ARGUMENT, "%s: x is missing", fn), -1;
   int64_t size = -1;
   for (int i = 0; i < count; i++) {
     if (!piece(out[i], x[i], fn, "x", size)) return -1;
@@ -557,6 +560,12 @@ bool mask_of(const int32_t *&out, const ep_merge_select &s, int64_t size, const 
     fail(EP_INVALID_ARGUMENT, "%s: there is no selection of kind %d", fn, s.kind);
     return false;
   }
+  constexpr int64_t MOST = int64_t(1) << 62;  // counting on from there cannot overflow
+  if (s.low < 0 || s.high < 0 || s.seen_low < 0 || s.seen_low > MOST || s.seen_high < 0 || s.seen_high > MOST) {
+    fail(EP_INVALID_ARGUMENT, "%s: a selection has low %d, high %d, seen_low %lld, seen_high %lld; none may be negative", fn, s.low,
+         s.high, (long long)s.seen_low, (long long)s.seen_high);
+    return false;
+  }
   if (s.kind != EP_SELECT_BITS) return true;
   Tensor v;
   if (!view(v, s.mask, fn, "mask", 1, I32)) return false;
@@ -567,6 +576,12 @@ bool mask_of(const int32_t *&out, const ep_merge_select &s, int64_t size, const 
   out = reinterpret_cast<const int32_t *>(v.data);
   return true;
 }
+// The index of the first element of a piece, which is counted on from.
+bool start_of(int64_t start, const char *fn) {
+  if (start >= 0 && start < int64_t(1) << 62) return true;
+  fail(EP_INVALID_ARGUMENT, "%s: start is %lld; 0 to 2^62 is taken", fn, (long long)start);
+  return false;
+}
 }  // namespace
 
 extern "C" int ep_merge_weighted_sum(const DLTensor *const *x, const double *weights, int count, const DLTensor *out) {
@@ -576,6 +591,7 @@ extern "C" int ep_merge_weighted_sum(const DLTensor *const *x, const double *wei
   if (a.size < 0) return EP_INVALID_ARGUMENT;
   Piece o;
   if (!piece(o, out, fn, "out", a.size)) return EP_INVALID_ARGUMENT;
+  EP_REQUIRE(weights != nullptr, "%s: weights is missing", fn);
   a.count = count;
   a.out = const_cast<char *>(o.data);
   a.out_bf16 = o.bf16;
@@ -590,6 +606,7 @@ extern "C" int ep_merge_gram(const DLTensor *const *x, int count, const DLTensor
   a.size = pieces(a.x, x, count, fn);
   if (a.size < 0) return EP_INVALID_ARGUMENT;
   if (base != nullptr && !piece(a.base, base, fn, "base", a.size)) return EP_INVALID_ARGUMENT;
+  EP_REQUIRE(total != nullptr, "%s: total is missing", fn);
   a.count = count;
   a.total = total;
   EP_RUN(merge_gram, a);
@@ -603,25 +620,30 @@ extern "C" int ep_merge_magnitude_counts(const DLTensor *x, const DLTensor *base
   if (a.size < 0) return EP_INVALID_ARGUMENT;
   if (base != nullptr && !piece(a.base, base, fn, "base", a.size)) return EP_INVALID_ARGUMENT;
   EP_REQUIRE(every >= 1 && every <= 65536, "%s: every is %lld; 1 to 65536 are taken", fn, (long long)every);
+  EP_REQUIRE(counts != nullptr, "%s: counts is missing", fn);
   a.every = every;
   a.counts = counts;
   EP_RUN(merge_counts, a);
   return EP_OK;
 }
 
-extern "C" int ep_merge_window_counts(const DLTensor *x, const DLTensor *base, const ep_merge_window *windows, int count) {
+extern "C" int ep_merge_window_counts(const DLTensor *x, const DLTensor *base, const int64_t *windows, int count, int64_t *counts) {
   const char *fn = "merge_window_counts";
   MergeWindowCounts a{};
   a.size = pieces(&a.x, &x, 1, fn);
   if (a.size < 0) return EP_INVALID_ARGUMENT;
   if (base != nullptr && !piece(a.base, base, fn, "base", a.size)) return EP_INVALID_ARGUMENT;
+  EP_REQUIRE(count >= 1 && count <= EP_MERGE_MAX_WINDOWS, "%s: %d windows; 1 to %d are taken", fn, count,
+             int(EP_MERGE_MAX_WINDOWS));
+  EP_REQUIRE(windows != nullptr && counts != nullptr, "%s: %s is missing", fn, windows == nullptr ? "windows" : "counts");
   for (int i = 0; i < count; i++) {
-    EP_REQUIRE(windows[i].low >= 0 && windows[i].width >= 1 && windows[i].counts != nullptr,
-               "%s: window %d is from %d, %lld wide; it must begin at 0 or above and hold something", fn, i, windows[i].low,
-               (long long)windows[i].width);
+    const int64_t low = windows[2 * i], width = windows[2 * i + 1], most = int64_t(1) << 31;
+    EP_REQUIRE(low >= 0 && width >= 1 && low < most && width <= most,
+               "%s: window %d begins at %lld and is %lld wide; bits go from 0 to 2^31", fn, i, (long long)low, (long long)width);
   }
   a.windows = windows;
   a.count = count;
+  a.counts = counts;
   EP_RUN(merge_window_counts, a);
   return EP_OK;
 }
@@ -630,9 +652,12 @@ extern "C" int ep_merge_masked_sums(const DLTensor *x, const DLTensor *base, ep_
                                     double *total) {
   const char *fn = "merge_masked_sums";
   MergeMaskedSums a{};
+  EP_REQUIRE(select != nullptr && total != nullptr, "%s: %s is missing", fn, select == nullptr ? "select" : "total");
   a.size = pieces(&a.x, &x, 1, fn);
-  if (a.size < 0 || !piece(a.base, base, fn, "base", a.size) || !mask_of(a.mask, *select, a.size, fn)) return EP_INVALID_ARGUMENT;
-  EP_REQUIRE(block >= 1 && start >= 0, "%s: block %lld and start %lld", fn, (long long)block, (long long)start);
+  if (a.size < 0 || !piece(a.base, base, fn, "base", a.size) || !mask_of(a.mask, *select, a.size, fn) || !start_of(start, fn)) {
+    return EP_INVALID_ARGUMENT;
+  }
+  EP_REQUIRE(block >= 1, "%s: block is %lld; at least one element is wanted", fn, (long long)block);
   a.start = start;
   a.block = block;
   a.select = select;
@@ -657,7 +682,9 @@ extern "C" int ep_merge_rank_mask(const DLTensor *x, const DLTensor *base, ep_me
              "%s: density %g and epsilon %g; probabilities from density - epsilon to density + epsilon must lie in 0 to 1", fn,
              params.density, params.epsilon);
   EP_REQUIRE(mv.size == (a.size + 31) / 32, "%s: mask has %lld words for %lld elements", fn, (long long)mv.size, (long long)a.size);
-  EP_REQUIRE(workspace != nullptr, "%s: workspace is missing", fn);
+  EP_REQUIRE(workspace != nullptr && reinterpret_cast<uintptr_t>(workspace) % 4 == 0, "%s: workspace is %s", fn,
+             workspace == nullptr ? "missing" : "not aligned to 4 bytes");
+  if (!start_of(params.start, fn)) return EP_INVALID_ARGUMENT;
   a.columns = columns;
   a.least = float((columns > 1 ? params.density - params.epsilon : params.density) * 16777216.0 + 0.5);
   a.step = columns > 1 ? float(params.epsilon / double(columns - 1) * 16777216.0) : 0.f;
@@ -677,6 +704,8 @@ extern "C" int ep_merge_task_sum(const DLTensor *base, const DLTensor *const *x,
   a.size = pieces(a.x, x, count, fn);
   Piece o;
   if (a.size < 0 || !piece(a.base, base, fn, "base", a.size) || !piece(o, out, fn, "out", a.size)) return EP_INVALID_ARGUMENT;
+  EP_REQUIRE(selects != nullptr && signs != nullptr, "%s: %s is missing", fn, selects == nullptr ? "selects" : "signs");
+  if (!start_of(params.start, fn)) return EP_INVALID_ARGUMENT;
   double weights = 0;
   for (int i = 0; i < count; i++) {
     if (!mask_of(a.mask[i], selects[i], a.size, fn)) return EP_INVALID_ARGUMENT;
@@ -694,9 +723,11 @@ extern "C" int ep_merge_task_sum(const DLTensor *base, const DLTensor *const *x,
 }
 
 extern "C" int ep_merge_nonfinite(const DLTensor *x, int64_t *count) {
+  const char *fn = "merge_nonfinite";
   MergeNonfinite a{};
-  a.size = pieces(&a.x, &x, 1, "merge_nonfinite");
+  a.size = pieces(&a.x, &x, 1, fn);
   if (a.size < 0) return EP_INVALID_ARGUMENT;
+  EP_REQUIRE(count != nullptr, "%s: count is missing", fn);
   a.count = count;
   EP_RUN(merge_nonfinite, a);
   return EP_OK;
@@ -705,6 +736,7 @@ extern "C" int ep_merge_nonfinite(const DLTensor *x, int64_t *count) {
 extern "C" int ep_merge_random(uint64_t key, int64_t start, const DLTensor *out) {
   const char *fn = "merge_random";
   EP_VIEW(ov, out, 1, I32);
+  if (!start_of(start, fn)) return EP_INVALID_ARGUMENT;
   MergeRandom a{key, start, ov.size, reinterpret_cast<int32_t *>(ov.data)};
   EP_RUN(merge_random, a);
   return EP_OK;

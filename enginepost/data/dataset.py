@@ -110,7 +110,7 @@ def prepare(
     paths: Paths,
     tokenizer: Tokenizer,
     *,
-    method: Literal["sft", "pretrain"] = "sft",
+    method: str = "sft",
     format: str = "auto",
     template: str | None = None,
     train_on: Literal["assistant", "all", "last"] = "assistant",

@@ -27,7 +27,7 @@ def show(
     paths: Paths,
     tokenizer_dir: "str | Path",
     *,
-    method: Literal["sft", "pretrain"] = "sft",
+    method: str = "sft",
     format: str = "auto",
     template: str | None = None,
     train_on: Literal["assistant", "all", "last"] = "assistant",

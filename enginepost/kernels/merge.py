@@ -156,19 +156,20 @@ def magnitude_counts(x: Tensor, base: Tensor | None, counts: np.ndarray, every: 
     counts[0] += np.bincount((bits >> LOW_BITS).numpy(), minlength=counts.shape[1])
 
 
-def window_counts(x: Tensor, base: Tensor | None, lows: Sequence[int], counts: Sequence[np.ndarray]) -> None:
-    """Count magnitudes by all their bits, in windows: counts[w][0] += those below lows[w], counts[w][1 + i] += those equal to
-    lows[w] + i; int64 `[1 + width]`."""
+def window_counts(x: Tensor, base: Tensor | None, windows: Sequence[tuple[int, int]], counts: np.ndarray) -> None:
+    """Count magnitudes by all their bits, in one or two windows (low, width): of the 1 + width int64 that each has in `counts`, one
+    after the other, [0] += those below low and [1 + i] += those equal to low + i."""
     if _taken(x, base):
-        core().merge_window_counts(
-            _capsule(x), _capsule(base), list(lows), [to_dlpack(torch.from_numpy(c)) for c in counts]
-        )
+        flat = [int(number) for window in windows for number in window]
+        core().merge_window_counts(_capsule(x), _capsule(base), flat, to_dlpack(torch.from_numpy(counts)))
         return
     bits = magnitude_bits(x, base)
-    for low, count in zip(lows, counts, strict=True):
-        inside = bits[(bits >= low) & (bits < low + len(count) - 1)] - low
-        count[0] += int((bits < low).sum())
-        count[1:] += np.bincount(inside.numpy(), minlength=len(count) - 1)
+    at = 0
+    for low, width in windows:
+        inside = bits[(bits >= low) & (bits < low + width)] - low
+        counts[at] += int((bits < low).sum())
+        counts[at + 1 : at + 1 + width] += np.bincount(inside.numpy(), minlength=width)
+        at += 1 + width
 
 
 def masked_sums(x: Tensor, base: Tensor, select: Select, start: int, columns: int, total: np.ndarray) -> None:

@@ -64,15 +64,14 @@ def _at_places(pieces: list[Inputs], model: int, places: list[int]) -> list[tupl
             kernel.magnitude_counts(chunk.models[model], chunk.base, tables, every)
         upto = np.cumsum(tables.sum(0))
         windows = [_window(upto, place, total) for place in places]
-        counts = [np.zeros(1 + (last + 1 - first << LOW_BITS), dtype=np.int64) for first, last in windows]
-        lows = [first << LOW_BITS for first, _ in windows]
+        counts = np.zeros(sum(1 + width for _, width in windows), dtype=np.int64)
         for chunk in (chunk for inputs in pieces for chunk in inputs.chunks()):
-            kernel.window_counts(chunk.models[model], chunk.base, lows, counts)
+            kernel.window_counts(chunk.models[model], chunk.base, windows, counts)
         found = []
-        for place, low, count in zip(places, lows, counts, strict=True):
-            smaller = np.cumsum(count)  # [i]: how many have bits below low + i
-            at = int(np.searchsorted(smaller, place, side="right")) - 1
-            if 0 <= at < len(count) - 1:
+        for place, (low, width) in zip(places, windows, strict=True):
+            smaller, counts = np.cumsum(counts[: 1 + width]), counts[1 + width :]
+            at = int(np.searchsorted(smaller, place, side="right")) - 1  # smaller[i]: how many have bits below low + i
+            if 0 <= at < width:
                 found.append((low + at, int(smaller[at])))
         if len(found) == len(places):
             return found
@@ -80,15 +79,15 @@ def _at_places(pieces: list[Inputs], model: int, places: list[int]) -> list[tupl
 
 
 def _window(upto: np.ndarray, place: int, total: int) -> tuple[int, int]:
-    """First and last upper half between which a place lies: surely, if `upto` counts everything, else within 6 sigma."""
+    """(low, width) of the magnitudes among which a place lies: surely, if `upto` counts everything, else within 6 sigma."""
     sampled = int(upto[-1])
     if sampled == total:
-        half = int(np.searchsorted(upto, place, side="right"))
-        return half, half
+        return int(np.searchsorted(upto, place, side="right")) << LOW_BITS, 1 << LOW_BITS
     share = place / total
     reach = 6 * np.sqrt(sampled * share * (1 - share)) + 6
     first, last = (int(np.searchsorted(upto, share * sampled + x, side="right")) for x in (-reach, reach))
-    return first, min(last, first + _WIDEST - 1, len(upto) - 1)
+    last = max(first, min(last, first + _WIDEST - 1, len(upto) - 1))
+    return first << LOW_BITS, (last + 1 - first) << LOW_BITS
 
 
 def _magnitude_select(pieces: list[Inputs], model: int, kept: tuple[int, int], n: int, ties: str) -> Select:

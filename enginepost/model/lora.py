@@ -9,7 +9,6 @@ Sources: Hu et al. 2021 (arXiv 2106.09685); rank-stabilized scaling alpha / sqrt
 import contextlib
 import dataclasses
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -20,33 +19,8 @@ from enginepost.checkpoint import Adapter, LoraWeights, read_adapter, write_adap
 from enginepost.checkpoint.adapter import pattern_value
 from enginepost.errors import EnginepostError
 from enginepost.kernels.lora import LoraPart, row_norm
-from enginepost.model.spec import ModelSpec
+from enginepost.model.layout import Target, linear_modules, match_targets
 from enginepost.model.transformer import Linear, Transformer
-from enginepost.model.weights import layout
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A linear layer by its Hugging Face module path, and where its rows are: of `linear`'s weight, start .. stop."""
-
-    path: str
-    linear: str
-    start: int
-    stop: int
-    inputs: int
-
-    @property
-    def suffix(self) -> str:
-        return self.path.rpartition(".")[2]
-
-
-def linear_modules(spec: ModelSpec) -> list[Target]:
-    """Every linear layer of the blocks, in the order of the layers (PEFT's "all-linear": the head is not among them)."""
-    return [
-        Target(e.name.removesuffix(".weight"), e.parameter.removesuffix(".weight"), e.start, e.stop, e.columns or 0)
-        for e in layout(spec)
-        if e.linear
-    ]
 
 
 class Update(nn.Module):
@@ -133,34 +107,6 @@ def attach(
         linear.dropout, linear.has_magnitude = settings.dropout, settings.use_dora
         part = LoraPart(update.A, update.B, scaling, target.start, update.magnitude)
         linear.parts = (*linear.parts, part)
-
-
-def match_targets(spec: ModelSpec, wanted: str | Sequence[str]) -> list[Target]:
-    """The linear modules that `target_modules` names, as PEFT matches them. Raises EnginepostError where a name matches nothing."""
-    modules = linear_modules(spec)
-    known = sorted({m.suffix for m in modules})
-    if wanted == "all-linear":
-        return modules
-    if isinstance(wanted, str):
-        try:
-            found = [m for m in modules if re.fullmatch(wanted, m.path)]
-        except re.error as error:
-            raise EnginepostError(f"target_modules {wanted!r} is not a valid regular expression: {error}") from None
-        if not found:
-            raise EnginepostError(
-                f"target_modules {wanted!r} matches no module; it must match a whole path such as {modules[0].path!r}"
-            )
-        return found
-    for name in wanted:
-        if not any(_ends(m.path, name) for m in modules):
-            raise EnginepostError(
-                f"target_modules: {name!r} is no linear layer of a {spec.family} model; its linear layers: {', '.join(known)}"
-            )
-    return [m for m in modules if any(_ends(m.path, name) for name in wanted)]
-
-
-def _ends(path: str, name: str) -> bool:
-    return path == name or path.endswith(f".{name}")
 
 
 def _linear(model: Transformer, target: Target) -> Linear:

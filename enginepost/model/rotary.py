@@ -7,18 +7,20 @@ A table is made once per forward pass for every distinct kind of rotation: cos, 
 import dataclasses
 import functools
 import itertools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from enginepost.kernels.rope import rope_frequencies
+if TYPE_CHECKING:  # a config is read, and a run planned, without torch
+    from torch import Tensor
 
 _KNOWN = set(
     "rope_theta rope_type type partial_rotary_factor factor original_max_position_embeddings attention_factor beta_fast beta_slow "
     "mscale mscale_all_dim truncate short_factor long_factor low_freq_factor high_freq_factor".split()
 )
 _NEEDS_ORIGINAL = ("llama3", "yarn", "longrope")
+_NEEDS = {
+    "default": (), "linear": ("factor",), "dynamic": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": (), "longrope": ("short_factor", "long_factor"),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Rope:
         """The length above which the frequencies are others (longrope: 2 sets); None where they do not depend on it so."""
         return int(dict(self.scaling)["original_max_position_embeddings"]) if self.kind == "longrope" else None
 
-    def frequencies(self, length: int) -> tuple[Tensor, float]:
+    def frequencies(self, length: int) -> "tuple[Tensor, float]":
         """(inv_freq `[dim/2]`, factor of cos and sin) for a sequence of `length` tokens."""
         if self.kind == "dynamic":
             length = max(length, self.max_position)
@@ -52,13 +54,17 @@ class Rope:
 
 
 @functools.lru_cache(maxsize=1024)
-def _frequencies(rope: Rope, length: int) -> tuple[Tensor, float]:
+def _frequencies(rope: Rope, length: int) -> "tuple[Tensor, float]":
+    from enginepost.kernels.rope import rope_frequencies
+
     scaling = {k: list(v) if isinstance(v, tuple) else v for k, v in rope.scaling}
     return rope_frequencies(rope.dim, rope.theta, scaling, max_position=rope.max_position, seq_len=length)
 
 
-def tables(rope: Rope, positions: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+def tables(rope: Rope, positions: "Tensor", cu_seqlens: "Tensor") -> "tuple[Tensor, Tensor]":
     """(cos, sin), each float32 `[T, dim/2]`, of a stream of sequences: positions int64 `[T]`, cu_seqlens int32 `[S+1]`."""
+    import torch
+
     if rope.kind not in ("dynamic", "longrope"):
         inverse, factor = rope.frequencies(0)
         return _angles(positions, inverse.to(positions.device), factor)
@@ -74,8 +80,8 @@ def tables(rope: Rope, positions: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, T
     return torch.cat([cos for cos, _ in parts]), torch.cat([sin for _, sin in parts])
 
 
-def _angles(positions: Tensor, inverse: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    angles = positions.to(torch.float32).unsqueeze(1) * inverse
+def _angles(positions: "Tensor", inverse: "Tensor", factor: float) -> "tuple[Tensor, Tensor]":
+    angles = positions.float().unsqueeze(1) * inverse
     cos, sin = angles.cos(), angles.sin()
     return (cos, sin) if factor == 1.0 else (cos.mul_(factor), sin.mul_(factor))
 
@@ -136,8 +142,13 @@ def _build(
             outside or scaling.get("original_max_position_embeddings") or (4096 if family == "phi3" else max_position)
         )
     scaling["rope_type"] = kind
+    if kind not in _NEEDS:
+        raise ValueError(f"rope type {kind!r} is not supported; known: {', '.join(_NEEDS)}")
+    for key in _NEEDS[kind]:
+        if key not in scaling:
+            raise ValueError(f"rope type {kind!r} needs the parameter {key!r}; the config gives {sorted(scaling)}")
+        value = scaling[key]
+        if key.endswith("_factor") and kind == "longrope" and len(value if isinstance(value, list) else []) != dim // 2:
+            raise ValueError(f"longrope {key} must have {dim // 2} entries (half the rotated size), got {value!r:.80}")
     frozen = tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in scaling.items()))
-    rope = Rope(dim, theta, frozen, max_position)
-    rope.frequencies(1)  # an unknown type or a missing parameter is an error here, not at the first batch
-    rope.frequencies(2 * max_position)
-    return rope
+    return Rope(dim, theta, frozen, max_position)

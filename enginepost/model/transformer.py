@@ -38,11 +38,10 @@ FEW_ROWS = 16  # a product with fewer is bound by reading the weight
 class Cache(Protocol):
     """Keys and values of earlier tokens, as `Transformer.hidden` uses them; `enginepost.generate.cache` has one."""
 
-    cu_seqlens_k: Tensor
-    seqused_k: Tensor
-
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v `[T, Hk, D]` of the stream's tokens; return all keys and values, laid out as cu_seqlens_k says."""
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, window: int, softcap: float, scale: float
+    ) -> Tensor:  # fmt: skip
+        """Store k, v `[T, Hk, D]` of the stream's tokens; q `[T, H, D]` over all that is stored of its sequence -> `[T, H, D]`."""
 
 
 class Linear(nn.Module):
@@ -148,10 +147,7 @@ class Block(nn.Module):
         if cache is None:
             out = attention(q, k, v, cu_seqlens, window=window, softcap=softcap, scale=scale)[0]
         else:
-            k, v = cache.write(self.index, k, v)
-            out = attention(
-                q, k, v, cu_seqlens, cache.cu_seqlens_k, cache.seqused_k, window=window, softcap=softcap, scale=scale
-            )[0]
+            out = cache.attend(self.index, q, k, v, cu_seqlens, window=window, softcap=softcap, scale=scale)
         return out.reshape(-1, heads * dim)
 
 
@@ -223,7 +219,7 @@ class Transformer(nn.Module):
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         """Hugging Face name -> a view of the weight under it, in the order of the file."""
-        from enginepost.model.weights import layout
+        from enginepost.model.layout import layout
 
         own = dict(self.named_parameters())
         return {e.name: own[e.parameter].detach()[e.start : e.stop] for e in layout(self.spec)}

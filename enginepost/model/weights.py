@@ -1,11 +1,9 @@
 """Weights of a Transformer under their Hugging Face names: load, create, save.
 
-The model keeps q|k|v and gate|up as one matrix each; a checkpoint has them apart (Phi-3 does not). `layout` lists, for every
-tensor of a checkpoint, the parameter and the rows of it that hold the tensor, so loading copies straight from the memory map
-into its place and saving writes views: neither holds a second copy of the model.
+`enginepost.model.layout` lists, for every tensor of a checkpoint, the parameter and the rows of it that hold the tensor, so loading
+copies straight from the memory map into its place and saving writes views: neither holds a second copy of the model.
 """
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,84 +23,9 @@ from enginepost.checkpoint import (
 )
 from enginepost.errors import EnginepostError
 from enginepost.kernels import nf4
+from enginepost.model.layout import Entry, layout, read_config, starting_value
 from enginepost.model.spec import FAMILIES, ModelSpec
 from enginepost.model.transformer import Transformer
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """Checkpoint tensor `name` is rows start .. stop of `parameter`. linear: it is the weight of a linear layer."""
-
-    name: str
-    parameter: str
-    start: int
-    stop: int
-    columns: int | None  # None: a vector
-    linear: bool
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        rows = self.stop - self.start
-        return (rows,) if self.columns is None else (rows, self.columns)
-
-
-def layout(spec: ModelSpec) -> list[Entry]:
-    """Every tensor of a checkpoint of this model, in the order in which transformers writes them."""
-    hidden, inner = spec.hidden_size, spec.intermediate_size
-    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    entries = [Entry("model.embed_tokens.weight", "embedding", 0, spec.vocab_size, hidden, False)]
-
-    def linear(name: str, ours: str, inputs: int, bias: bool, parts: dict[str, int]) -> None:
-        start = 0
-        for part, rows in parts.items():
-            entries.append(Entry(f"{name}{part}.weight", f"{ours}.weight", start, start + rows, inputs, True))
-            if bias:
-                entries.append(Entry(f"{name}{part}.bias", f"{ours}.bias", start, start + rows, None, False))
-            start += rows
-
-    def vector(name: str, ours: str, size: int) -> None:
-        entries.append(Entry(f"{name}.weight", ours, 0, size, None, False))
-
-    for i in range(len(spec.layers)):
-        theirs, ours = f"model.layers.{i}.", f"blocks.{i}."
-        fused = spec.fused_checkpoint
-        qkv = {"qkv_proj": q + 2 * kv} if fused else {"q_proj": q, "k_proj": kv, "v_proj": kv}
-        linear(f"{theirs}self_attn.", f"{ours}qkv", hidden, spec.qkv_bias, qkv)
-        linear(f"{theirs}self_attn.", f"{ours}o", q, spec.output_bias, {"o_proj": hidden})
-        if spec.qk_norm:
-            whole = spec.qk_norm == "projection"
-            vector(f"{theirs}self_attn.q_norm", f"{ours}q_norm", q if whole else spec.head_dim)
-            vector(f"{theirs}self_attn.k_norm", f"{ours}k_norm", kv if whole else spec.head_dim)
-        gate_up = {"gate_up_proj": 2 * inner} if fused else {"gate_proj": inner, "up_proj": inner}
-        linear(f"{theirs}mlp.", f"{ours}gate_up", hidden, spec.mlp_bias, gate_up)
-        linear(f"{theirs}mlp.", f"{ours}down", inner, spec.mlp_bias, {"down_proj": hidden})
-        if spec.pre_norm:
-            # "post_attention_layernorm" follows attention where norms follow; elsewhere it precedes the MLP.
-            before_mlp = "pre_feedforward_layernorm" if spec.post_norm else "post_attention_layernorm"
-            vector(f"{theirs}input_layernorm", f"{ours}attention_norm", hidden)
-            vector(f"{theirs}{before_mlp}", f"{ours}mlp_norm", hidden)
-        if spec.post_norm:
-            vector(f"{theirs}post_attention_layernorm", f"{ours}attention_post_norm", hidden)
-            vector(f"{theirs}post_feedforward_layernorm", f"{ours}mlp_post_norm", hidden)
-    vector("model.norm", "norm", hidden)
-    if not spec.tied:
-        entries.append(Entry("lm_head.weight", "head", 0, spec.vocab_size, hidden, False))
-    return entries
-
-
-def read_config(directory: str | Path) -> dict[str, Any]:
-    """The `config.json` of a model directory. Raises EnginepostError that names the file."""
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        kind = "is not a directory" if not Path(directory).is_dir() else "has no config.json"
-        raise EnginepostError(f"{directory} {kind}; expected a Hugging Face model directory")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise EnginepostError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise EnginepostError(f"{path}: expected an object, got {type(config).__name__}")
-    return config
 
 
 def load_model(
@@ -193,10 +116,11 @@ def create_model(
     with torch.no_grad():
         for entry in layout(spec):
             rows = own[entry.parameter][entry.start : entry.stop]
-            if entry.columns is not None:
+            value = starting_value(entry, spec)
+            if value is None:
                 rows.copy_(torch.empty(entry.shape).normal_(0.0, spec.initializer_range, generator=generator))
             else:
-                rows.fill_(0.0 if entry.name.endswith(".bias") else 1.0 - spec.norm_offset)
+                rows.fill_(value)
     return model
 
 

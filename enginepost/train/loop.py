@@ -1,12 +1,12 @@
 """The training loop. One optimizer step:
 
-    for each micro-batch (a pack of bins, one flat stream of tokens):
-        hidden   = model.hidden(ids, cu_seqlens, positions)          [T, H]
-        logprob  = linear_logprob(hidden, head, targets)             [T]; no [T, V] anywhere
-        objective(logprob, N).backward()                             N = trained tokens of the whole step
+    work = method.step(model, step)              micro-batches (packs of bins, one flat stream of tokens each)
+    for each micro-batch:
+        method.loss(model, work, i).backward()   its share: divided by what the whole step is divided by
     clip by the global norm, AdamW, next learning rate
 
-Nothing in it depends on how a run was cut into processes: what a step does follows from the recipe, the data and the step's number.
+What differs between methods is behind `enginepost.train.methods`. Nothing here depends on how a run was cut into processes: what a
+step does follows from the recipe, the data and the step's number.
 """
 
 import hashlib
@@ -25,16 +25,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from enginepost.data import Batch, plan_batches
 from enginepost.errors import EnginepostError
-from enginepost.kernels.linear_logprob import linear_logprob
 from enginepost.recipe import Recipe, load_recipe
-from enginepost.train import weights
+from enginepost.train import methods, weights
+from enginepost.train.methods.method import Method, Metrics, MicroBatch, Work, add_metrics, mean_metrics
 from enginepost.train.monitor import Monitor, SpikeWatch, resident_bytes
-from enginepost.train.objectives.sft import sft_loss
 from enginepost.train.optimizer import AdamW
-from enginepost.train.rows import Rows, fingerprint, load_rows
-from enginepost.train.schedule import Plan, learning_rate
+from enginepost.train.schedule import learning_rate
 from enginepost.train.state import RunDirectory, read_state, trainer_state, write_file
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -63,24 +60,24 @@ def train(recipe: str | os.PathLike[str] | Mapping[str, Any], *, resume: bool = 
     settings = load_recipe(recipe, overrides)
     assert settings.output is not None
     with RunDirectory(settings, resume=resume) as run:
-        result = run.path / ("model" if settings.lora is None else "adapter")
-        if result.exists():
-            print(f"{run.path} is complete: {result}")
+        complete = [run.path / name for name in ("model", "adapter") if (run.path / name).exists()]
+        if complete:
+            print(f"{run.path} is complete: {complete[0]}")
             return settings.output
-        _train(settings, run, result, command=_resume_command(recipe, overrides))
+        _train(settings, run, command=_resume_command(recipe, overrides))
     return settings.output
 
 
-def _train(recipe: Recipe, run: RunDirectory, result: pathlib.Path, command: str) -> None:
-    rows, validation = load_rows(recipe)
-    data = fingerprint(rows)
+def _train(recipe: Recipe, run: RunDirectory, command: str) -> None:
+    method = methods.create(recipe)
     checkpoint = next(reversed(run.checkpoints()), None)
     state = read_state(checkpoint) if checkpoint else None
-    if state and state["enginepost"]["data"] != data:
+    if state and state["enginepost"]["data"] != method.data:
         raise TrainingError(f"{checkpoint}: cannot resume: the training rows are not those the run began with")
     model = weights.load(recipe, DTYPES[recipe.dtype], checkpoint)
+    method.attach(model)
     optimizer = AdamW(
-        weights.trainable(model),
+        {**weights.trainable(model), **method.module_tensors()},
         betas=(recipe.betas[0], recipe.betas[1]),
         eps=recipe.eps,
         weight_decay=recipe.weight_decay,
@@ -90,46 +87,51 @@ def _train(recipe: Recipe, run: RunDirectory, result: pathlib.Path, command: str
     tokens = 0
     if state and checkpoint:
         step, history, tokens = state["global_step"], state["log_history"], state["num_input_tokens_seen"]
+        weights.load_method(method.module_tensors(), checkpoint)
         weights.load_optimizer(optimizer, checkpoint, step)
-    plan = Plan(rows.lengths, recipe)
+        method.restore(state["enginepost"].get("method", {}), weights.read_method(checkpoint))
     write_file(run.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
-    monitor = Monitor(run.path, total=plan.total, step=step, history=history, tensorboard=recipe.tensorboard)
+    monitor = Monitor(run.path, total=method.total, step=step, history=history, tensorboard=recipe.tensorboard)
 
     def save(step: int, epoch: float) -> pathlib.Path:
         state = trainer_state(
             recipe,
             step=step,
-            total=plan.total,
+            total=method.total,
             epoch=epoch,
             tokens=tokens,
             history=monitor.history,
-            data=data,
+            data=method.data,
+            method=method.state(),
         )
-        return run.save(step, lambda d: weights.save(recipe, model, optimizer, d), state)
+        tensors = {**method.module_tensors(), **method.tensors()}
+        return run.save(step, lambda d: weights.save(recipe, model, optimizer, d, tensors), state)
 
     try:
-        monitor.say(_summary(recipe, model, rows, validation, plan, checkpoint, step))
+        monitor.say(_summary(recipe, model, method, checkpoint, step))
         spikes, mark, since = SpikeWatch(), time.perf_counter(), tokens
         with stop_signals() as stopped:
-            while step < plan.total:
+            while step < method.total:
                 step += 1
-                todo = plan.step(step)
-                batches = [rows.batch(micro) for micro in todo.micro_batches]
-                lr = learning_rate(step, plan.total, recipe)
-                loss, entropy, norm = optimizer_step(model, optimizer, batches, recipe, step=step, lr=lr, run=run)
+                work = method.step(model, step)
+                lr = learning_rate(step, method.total, recipe)
+                loss, metrics, norm = optimizer_step(model, optimizer, method, work, step=step, lr=lr, run=run)
+                method.updated(model, work)
                 run.begun = True
-                tokens += sum(len(b.ids) for b in batches)
+                tokens += work.tokens
+                last = step == method.total
                 advice = spikes.check(norm)
                 if advice:
-                    monitor.say(f"step {step}: {advice}. Rows: {_listed(batches)}")
-                if step == 1 or step == plan.total or step % recipe.log_every == 0:
+                    monitor.say(f"step {step}: {advice}. Rows: {_listed(work.micro_batches)}")
+                if step == 1 or last or step % recipe.log_every == 0:
                     now = time.perf_counter()
                     monitor.log(
                         {
                             "step": step,
-                            "epoch": round(todo.epoch, 6),
+                            "epoch": round(work.epoch, 6),
                             "loss": loss,
-                            "entropy": entropy,
+                            **metrics,
+                            **work.metrics,
                             "grad_norm": norm,
                             "learning_rate": lr,
                             "num_tokens": tokens,
@@ -139,26 +141,23 @@ def _train(recipe: Recipe, run: RunDirectory, result: pathlib.Path, command: str
                         }
                     )
                     mark, since = now, tokens
-                if validation is not None and _due(step, recipe.eval_every, todo.ends_epoch, step == plan.total):
+                if _due(step, recipe.eval_every, work.ends_epoch, last):
                     before = time.perf_counter()
-                    monitor.log(
-                        {
-                            "step": step,
-                            "epoch": round(todo.epoch, 6),
-                            "eval_loss": evaluate(model, validation, recipe),
-                        }
-                    )
+                    evaluation = method.evaluate(model)
+                    if evaluation is not None:
+                        monitor.log({"step": step, "epoch": round(work.epoch, 6), **evaluation})
                     mark += time.perf_counter() - before  # tokens_per_second is that of training
                 if stopped():
-                    place = save(step, todo.epoch)
+                    place = save(step, work.epoch)
                     name = signal.Signals(stopped()).name
                     raise Interrupted(
-                        f"stopped by {name} after step {step} of {plan.total}; saved {place}\ncontinue with: {command}",
+                        f"stopped by {name} after step {step} of {method.total}; saved {place}\ncontinue with: {command}",
                         stopped(),
                     )
-                if step % recipe.save_every == 0 and step < plan.total:
-                    save(step, todo.epoch)
-        run.write_directory(result, lambda d: weights.save_result(recipe, model, d))
+                if step % recipe.save_every == 0 and not last:
+                    save(step, work.epoch)
+        result = run.path / method.result_name()
+        run.write_directory(result, lambda d: method.save_result(model, d))
         monitor.say(f"done: {result}")
     finally:
         monitor.close()
@@ -167,70 +166,44 @@ def _train(recipe: Recipe, run: RunDirectory, result: pathlib.Path, command: str
 def optimizer_step(
     model: Any,
     optimizer: AdamW,
-    batches: list[Batch],
-    recipe: Recipe,
+    method: Method,
+    work: Work,
     *,
     step: int,
     lr: float,
     run: RunDirectory | None = None,
-) -> tuple[float, float, float]:
-    """Forward and backward over the micro-batches, clip, update. Returns (loss and entropy in nats per trained token, gradient norm
-    before clipping). Raises TrainingError, the weights untouched, when loss or norm is not finite."""
+) -> tuple[float, dict[str, float], float]:
+    """Forward and backward over the micro-batches, clip, update. Returns (loss, metrics, gradient norm before clipping).
+
+    Raises TrainingError, the weights untouched, when loss or norm is not finite."""
+    recipe = method.recipe
     optimizer.zero_grad()
-    loss, entropy = accumulate(model, batches, recipe, step=step, run=run)
+    loss, metrics = accumulate(model, method, work, step=step, run=run)
     norm = optimizer.grad_norm()
     if not math.isfinite(norm):
-        raise _not_finite(f"the gradient norm became {norm}", step, batches, run)
+        raise _not_finite(f"the gradient norm became {norm}", step, work.micro_batches, run)
     scale = 1.0 if recipe.clip is None or norm <= recipe.clip else recipe.clip / norm
     optimizer.step(lr=lr, grad_scale=scale)
-    return loss, entropy, norm
+    return loss, metrics, norm
 
 
 def accumulate(
-    model: Any, batches: list[Batch], recipe: Recipe, *, step: int = 1, run: RunDirectory | None = None
-) -> tuple[float, float]:
-    """Add the gradients of the mean loss over all trained tokens of `batches`; returns loss and mean entropy."""
-    count = sum(int((b.targets != -100).sum()) for b in batches)
-    if count == 0:
-        raise TrainingError(f"step {step}: no token of its rows is trained on: {_listed(batches)}")
-    total = spread = 0.0
-    for index, batch in enumerate(batches):
-        model.dropout_seed = step_seed(recipe.seed, step, index)
-        hidden = model.hidden(batch.ids, batch.cu_seqlens, batch.positions)
-        logprob, _, entropy = linear_logprob(
-            hidden, model.head_weight, batch.targets, softcap=model.spec.final_softcap, entropy=True
-        )
-        loss = sft_loss(logprob, count)
+    model: Any, method: Method, work: Work, *, step: int = 1, run: RunDirectory | None = None
+) -> tuple[float, dict[str, float]]:
+    """Add the gradients of the loss of a step; returns the loss (for sft nats per trained token) and the metrics."""
+    total = 0.0
+    metrics: Metrics = {}
+    for index, batch in enumerate(work.micro_batches):
+        model.dropout_seed = step_seed(method.recipe.seed, step, index)
+        loss, share = method.loss(model, work, index)
         value = loss.item()
         if not math.isfinite(value):
-            raise _not_finite(
-                f"the loss became {value} in micro-batch {index + 1} of {len(batches)}", step, [batch], run
-            )
+            where = f"micro-batch {index + 1} of {len(work.micro_batches)}"
+            raise _not_finite(f"the loss became {value} in {where}", step, [batch], run)
         loss.backward()
         total += value
-        spread += entropy.detach().sum().item() / count
-    return total, spread
-
-
-@torch.no_grad()
-def evaluate(model: Any, rows: Rows, recipe: Recipe) -> float:
-    """Mean loss in nats per trained token of the validation rows."""
-    plan = plan_batches(
-        rows.lengths,
-        batch_size=recipe.batch_size,
-        max_length=recipe.max_length,
-        packing=recipe.packing,
-    )
-    model.eval()
-    total, count = 0.0, 0
-    for micro in plan:
-        batch = rows.batch(micro)
-        hidden = model.hidden(batch.ids, batch.cu_seqlens, batch.positions)
-        logprob, _, _ = linear_logprob(hidden, model.head_weight, batch.targets, softcap=model.spec.final_softcap)
-        total += sft_loss(logprob, 1).item()
-        count += int((batch.targets != -100).sum())
-    model.train()
-    return total / max(count, 1)
+        add_metrics(metrics, share)
+    return total, mean_metrics(metrics)
 
 
 def step_seed(seed: int, step: int, micro_batch: int) -> int:
@@ -266,13 +239,13 @@ def _due(step: int, every: int | None, ends_epoch: bool, last: bool) -> bool:
     return last or (ends_epoch if every is None else step % every == 0)
 
 
-def _listed(batches: list[Batch]) -> str:
+def _listed(batches: list[MicroBatch]) -> str:
     rows = [row for b in batches for row in b.rows]
     more = f" and {len(rows) - LISTED_ROWS} more" if len(rows) > LISTED_ROWS else ""
     return ", ".join(rows[:LISTED_ROWS]) + more
 
 
-def _not_finite(what: str, step: int, batches: list[Batch], run: RunDirectory | None) -> TrainingError:
+def _not_finite(what: str, step: int, batches: list[MicroBatch], run: RunDirectory | None) -> TrainingError:
     saved = run.checkpoints() if run else []
     last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
     return TrainingError(
@@ -288,22 +261,14 @@ def _resume_command(recipe: str | os.PathLike[str] | Mapping[str, Any], override
     return shlex.join(["enginepost", "train", os.fspath(recipe), *keys, "--resume"])
 
 
-def _summary(
-    recipe: Recipe,
-    model: nn.Module,
-    rows: Rows,
-    validation: Rows | None,
-    plan: Plan,
-    checkpoint: pathlib.Path | None,
-    step: int,
-) -> str:
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+def _summary(recipe: Recipe, model: nn.Module, method: Method, checkpoint: pathlib.Path | None, step: int) -> str:
+    parameters = [*model.parameters(), *method.module_tensors().values()]
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
     kind = "full fine-tuning" if recipe.lora is None else f"LoRA r {recipe.lora.r}"
     begin = f"resuming from {checkpoint} at step {step}" if checkpoint else "from the beginning"
     return (
-        f"{recipe.method}, {kind}, {recipe.dtype}: {_short(trained)} of {_short(total)} parameters trained; "
-        f"{len(rows)} sequences, {0 if validation is None else len(validation)} for validation; {plan.total} steps, {begin}"
+        f"{recipe.method}, {kind}, {recipe.dtype}: {_short(trained)} of {_short(sum(p.numel() for p in parameters))} parameters "
+        f"trained; {method.size}; {method.total} steps, {begin}"
     )
 
 

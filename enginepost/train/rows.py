@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from enginepost.data import Batch, Dataset, Tokenizer, collate, prepare
 from enginepost.errors import EnginepostError
 from enginepost.model import ModelSpec
-from enginepost.model.weights import read_config
+from enginepost.model.layout import read_config
 from enginepost.recipe import Recipe
 
 

@@ -2,7 +2,8 @@
 
     recipe.yaml           every key of the run
     metrics.jsonl         one line a logged step
-    checkpoint-<step>/    adapter or model in the field's format; optimizer.safetensors; recipe.yaml; trainer_state.json
+    checkpoint-<step>/    adapter or model in the field's format; optimizer.safetensors; recipe.yaml; trainer_state.json;
+                         method.safetensors where the method keeps something of its own
     adapter/ or model/    the result, once the run is complete
 
 The process that trains holds a lock on the run directory. A directory is written under a hidden name, every file and the directory
@@ -157,7 +158,15 @@ def read_state(checkpoint: pathlib.Path) -> dict[str, Any]:
 
 
 def trainer_state(
-    recipe: Recipe, *, step: int, total: int, epoch: float, tokens: int, history: list[dict[str, Any]], data: str
+    recipe: Recipe,
+    *,
+    step: int,
+    total: int,
+    epoch: float,
+    tokens: int,
+    history: list[dict[str, Any]],
+    data: str,
+    method: dict[str, Any],
 ) -> dict[str, Any]:
     """The state in the shape of transformers' TrainerState, which plotting tools read; `enginepost` holds what is ours."""
     evaluations = [m for m in history if "eval_loss" in m]
@@ -183,7 +192,7 @@ def trainer_state(
         "train_batch_size": recipe.batch_size,
         "trial_name": None,
         "trial_params": None,
-        "enginepost": {"data": data},
+        "enginepost": {"data": data, "method": method},
     }
 
 

@@ -1,14 +1,16 @@
 """The weights of a run: from a model directory or a checkpoint to a model ready to train, and back.
 
 A checkpoint of a LoRA run is a PEFT adapter directory, one of full fine-tuning a Hugging Face model directory; both also hold
-`optimizer.safetensors`, and with bfloat16 weights that file holds the exact (float32) ones.
+`optimizer.safetensors`, and with bfloat16 weights that file holds the exact (float32) ones. `method.safetensors` holds what a method
+keeps of its own (a value head, roll-outs).
 """
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from enginepost.checkpoint import Checkpoint, copy_side_files, save_tensors
 from enginepost.data import Tokenizer
@@ -66,10 +68,33 @@ def load_optimizer(optimizer: AdamW, checkpoint: pathlib.Path, steps: int) -> No
     optimizer.load({name: saved.tensor(name) for name in saved.names}, steps)
 
 
-def save(recipe: Recipe, model: Any, optimizer: AdamW, directory: pathlib.Path) -> None:
-    """All tensors of a checkpoint into an existing directory."""
+def read_method(checkpoint: pathlib.Path) -> dict[str, Tensor]:
+    """What the method keeps in a checkpoint: its own modules and other tensors. Empty where it keeps nothing."""
+    path = checkpoint / "method.safetensors"
+    if not path.exists():
+        return {}
+    saved = Checkpoint(path)
+    return {name: saved.tensor(name) for name in saved.names}
+
+
+@torch.no_grad()
+def load_method(parameters: dict[str, nn.Parameter], checkpoint: pathlib.Path) -> None:
+    """Set the parameters of the method's own modules to those of the checkpoint."""
+    saved = read_method(checkpoint)
+    for name, parameter in parameters.items():
+        if name not in saved or saved[name].shape != parameter.shape:
+            raise EnginepostError(f"{checkpoint}: method.safetensors has no {name} of shape {list(parameter.shape)}")
+        parameter.copy_(saved[name])
+
+
+def save(
+    recipe: Recipe, model: Any, optimizer: AdamW, directory: pathlib.Path, method: Mapping[str, Tensor] | None = None
+) -> None:
+    """All tensors of a checkpoint into an existing directory; `method`: those that the method keeps."""
     _save_weights(recipe, model, directory)
     save_tensors(directory / "optimizer.safetensors", optimizer.tensors())
+    if method:
+        save_tensors(directory / "method.safetensors", {name: t.detach() for name, t in method.items()})
 
 
 def save_result(recipe: Recipe, model: Any, directory: pathlib.Path) -> None:

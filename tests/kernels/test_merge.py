@@ -87,12 +87,13 @@ def test_magnitude_counts(reference, dtype, n) -> None:  # type: ignore[no-untyp
 def test_window_counts(reference, dtype, n) -> None:  # type: ignore[no-untyped-def]
     base, [model] = tensors(n, 1, dtype)
     bits = kernel.magnitude_bits(model, base)
-    lows = [0, int(bits.median()), int(bits.max()), 0x7F000000]
-    ours, theirs = ([np.zeros(1 + width, dtype=np.int64) for width in (1, 70000, 9, 1 << 20)] for _ in range(2))
-    kernel.window_counts(model, base, lows, ours)
-    reference(kernel.window_counts, model, base, lows, theirs)
-    assert all((a == b).all() for a, b in zip(ours, theirs, strict=True))
-    assert ours[0].tolist() == [0, int((bits == 0).sum())] and ours[3][0] == n
+    for windows in ([(0, 1)], [(int(bits.median()), 70000), (int(bits.max()), 9)], [(0x7F000000, 1 << 20), (0, 5)]):
+        ours, theirs = (np.zeros(sum(1 + width for _, width in windows), dtype=np.int64) for _ in range(2))
+        kernel.window_counts(model, base, windows, ours)
+        reference(kernel.window_counts, model, base, windows, theirs)
+        assert (ours == theirs).all()
+        if windows == [(0, 1)]:
+            assert ours.tolist() == [0, int((bits == 0).sum())]
 
 
 @pytest.mark.parametrize("places", [[0], [1 << 20], [3, (1 << 21) - 1], [12345, 2000000]])
@@ -239,7 +240,11 @@ def test_nonfinite_counts() -> None:
         (lambda c, d: c.merge_weighted_sum([d(torch.zeros(3))], [1.0, 2.0], d(torch.zeros(3))), "one weight a tensor"),
         (lambda c, d: c.merge_gram([d(torch.zeros(3, dtype=torch.int32))], None), "merge_gram: x"),
         (lambda c, d: c.merge_magnitude_counts(d(torch.zeros(3)), None, 1, d(torch.zeros(2, 9))), "counts must be"),
-        (lambda c, d: c.merge_window_counts(d(torch.zeros(3)), None, [0], [d(torch.zeros(9))]), "int64"),
+        (lambda c, d: c.merge_window_counts(d(torch.zeros(3)), None, [0, 8], d(torch.zeros(9))), "pairs"),
+        (
+            lambda c, d: c.merge_window_counts(d(torch.zeros(3)), None, [-1, 8], d(torch.zeros(9, dtype=torch.int64))),
+            "begins at -1",
+        ),
         (
             lambda c, d: c.merge_rank_mask(
                 d(torch.zeros(6)), d(torch.zeros(6)), 4, 0.5, 0.1, 1, 0, d(torch.zeros(1).int())

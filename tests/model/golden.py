@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from enginepost.model import ModelSpec, Transformer
-from enginepost.model.weights import layout
+from enginepost.model.layout import layout
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 

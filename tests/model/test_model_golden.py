@@ -5,7 +5,7 @@ import torch
 from golden import build, read, stream
 
 from enginepost.model import ModelSpec
-from enginepost.model.weights import layout
+from enginepost.model.layout import layout
 
 CASES, PLACES, LOGITS = read()
 

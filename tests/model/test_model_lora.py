@@ -17,7 +17,8 @@ from enginepost.model import (
     save_adapter,
     save_model,
 )
-from enginepost.model.lora import linear_modules, updates
+from enginepost.model.layout import linear_modules
+from enginepost.model.lora import updates
 
 MODELS, PLACES, BASE_LOGITS = read()
 CASES = json.loads((GOLDEN / "model_adapters.json").read_text())["cases"]

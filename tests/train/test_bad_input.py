@@ -129,12 +129,12 @@ def test_divergence_stops(recipe: MakeRecipe) -> None:
 
 
 def test_infinite_gradient_with_a_finite_loss_stops(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    import enginepost.train.loop as loop
+    import enginepost.train.methods.sft as sft
 
-    original = loop.sft_loss
+    original = sft.sft_loss
     # The square root's slope at zero is infinite: zero times that is a gradient of nan under a finite loss.
     monkeypatch.setattr(
-        loop, "sft_loss", lambda logprob, n: original(logprob, n) + (logprob.double().sum() * 0).abs().sqrt()
+        sft, "sft_loss", lambda logprob, n: original(logprob, n) + (logprob.double().sum() * 0).abs().sqrt()
     )
     text = message(recipe())
     assert "step 1: the gradient norm became nan" in text and "rows.jsonl:" in text

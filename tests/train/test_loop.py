@@ -13,6 +13,7 @@ from enginepost.kernels.linear_logprob import reference as logprob_reference
 from enginepost.recipe import load_recipe
 from enginepost.train import weights
 from enginepost.train.loop import DTYPES, accumulate, train
+from enginepost.train.methods.sft import Sft
 from enginepost.train.rows import Rows, load_rows
 from enginepost.train.schedule import Plan, learning_rate
 
@@ -81,7 +82,7 @@ def test_first_loss_is_that_of_plain_torch(recipe: MakeRecipe) -> None:
 def test_cut_of_rows_changes_neither_loss_nor_gradients(recipe: MakeRecipe, lora: Any) -> None:
     """8 rows as 1 x 8, 8 x 1, 2 x 4, packed and with recomputation: the same to 1e-6 relative in float32."""
     r = load_recipe(recipe(lora=lora))
-    rows, _ = load_rows(r)
+    method = Sft(r)
     model = weights.load(r, torch.float32, None)
     if lora:  # B starts at zero, which would make every gradient of A zero
         with torch.no_grad():
@@ -92,7 +93,7 @@ def test_cut_of_rows_changes_neither_loss_nor_gradients(recipe: MakeRecipe, lora
     def run(cut: list[list[int]], checkpointing: bool = False) -> tuple[float, dict[str, torch.Tensor]]:
         model.zero_grad()
         model.checkpointing = checkpointing
-        loss, _ = accumulate(model, [rows.batch(micro) for micro in cut], r)
+        loss, _ = accumulate(model, method, method.work(cut))
         return loss, {n: p.grad.clone() for n, p in weights.trainable(model).items() if p.grad is not None}
 
     loss, gradients = run([list(range(8))])
@@ -127,24 +128,23 @@ def test_bf16_full_accumulates_in_float32(recipe: MakeRecipe) -> None:
     from enginepost.train.optimizer import AdamW
 
     r = load_recipe(recipe(lora=None, dtype="bf16", checkpointing=False))
-    rows, _ = load_rows(r)
-    batches = [rows.batch([i]) for i in range(16)]
+    method = Sft(r)
+    work = method.work([[i] for i in range(16)])
     model = weights.load(r, torch.bfloat16, None)
-    accumulate(model, batches, r)
+    accumulate(model, method, work)
     summed = {n: p.grad.float().clone() for n, p in model.named_parameters()}  # torch's own sum, in bfloat16
     model.zero_grad()
     optimizer = AdamW(weights.trainable(model), betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    accumulate(model, batches, r)
+    accumulate(model, method, work)
     assert all(p.grad is None for p in model.parameters())
     ours = optimizer.gradients()
     exact: dict[str, torch.Tensor] = {}
-    count = sum(int((b.targets != -100).sum()) for b in batches)
     plain = weights.load(r, torch.bfloat16, None)
-    for batch in batches:
+    for batch in work.micro_batches:
         hidden = plain.hidden(batch.ids, batch.cu_seqlens, batch.positions)
         logprob, _, _ = logprob_reference(hidden, plain.head_weight, batch.targets)
         plain.zero_grad()
-        (-logprob.sum() / count).backward()
+        (-logprob.sum() / work.count).backward()
         for n, p in plain.named_parameters():
             exact[n] = exact.get(n, torch.zeros(())) + p.grad.double()
     near = sum(float((ours[n] - exact[n]).norm() ** 2) for n in exact)

@@ -36,13 +36,10 @@ EP_EXPORT int ep_merge_gram(const DLTensor *const *x, int count, const DLTensor 
  * caller adds. Looks at one run of 256 elements in `every`. base may be NULL. */
 EP_EXPORT int ep_merge_magnitude_counts(const DLTensor *x, const DLTensor *base, int64_t every, int64_t *counts);
 
-/* Counts the bits of |x - base| in windows: counts[0] += those below low, counts[1 + i] += those equal to low + i, i < width. */
-typedef struct {
-  int32_t low;
-  int64_t width;
-  int64_t *counts;
-} ep_merge_window;
-EP_EXPORT int ep_merge_window_counts(const DLTensor *x, const DLTensor *base, const ep_merge_window *windows, int count);
+/* Counts the bits of |x - base| in windows, each (low, width) in `windows`: of its 1 + width numbers in `counts`, which follow one
+ * another, [0] += those below low and [1 + i] += those equal to low + i. base may be NULL. */
+enum { EP_MERGE_MAX_WINDOWS = 2 };
+EP_EXPORT int ep_merge_window_counts(const DLTensor *x, const DLTensor *base, const int64_t *windows, int count, int64_t *counts);
 
 /* total[0] += sum |d|, total[1] += sum |masked d|, in double, in blocks of `block` elements; start: index of the first element. */
 EP_EXPORT int ep_merge_masked_sums(const DLTensor *x, const DLTensor *base, ep_merge_select *select, int64_t start, int64_t block,

@@ -1,0 +1,24 @@
+"""Training methods: what differs between them, behind the one face that the loop knows (`Method`).
+
+method.py      the face: steps, the loss of a micro-batch, evaluation, what a checkpoint keeps beside weights and optimizer
+sft.py         pretrain and sft: cross entropy of the trained tokens
+"""
+
+import importlib
+
+from enginepost.recipe import Recipe
+from enginepost.train.methods.method import Method
+
+# Method -> module and class, imported when a recipe names it.
+CLASSES = {
+    "sft": ("sft", "Sft"),
+    "pretrain": ("sft", "Sft"),
+}
+
+
+def create(recipe: Recipe) -> Method:
+    """The method of a recipe, its rows read. Raises EnginepostError for anything wrong with the data."""
+    module, name = CLASSES[recipe.method]
+    found = getattr(importlib.import_module(f"enginepost.train.methods.{module}"), name)(recipe)
+    assert isinstance(found, Method)
+    return found

@@ -1,0 +1,72 @@
+"""Methods pretrain and sft: cross entropy of the trained tokens, over packs of bins.
+
+A step is `gradient_accumulation` micro-batches of `batch_size` bins; its count is the number of trained tokens in all of them.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from enginepost.data import plan_batches
+from enginepost.errors import EnginepostError
+from enginepost.kernels.linear_logprob import linear_logprob
+from enginepost.recipe import Recipe
+from enginepost.train.methods.method import Method, Metrics, Work
+from enginepost.train.objectives.sft import sft_loss
+from enginepost.train.rows import fingerprint, load_rows
+from enginepost.train.schedule import Plan
+
+
+class Sft(Method):
+    """Rows, plan and loss of supervised fine-tuning and continued pre-training."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe)
+        self.rows, self.validation = load_rows(recipe)
+        self.data = fingerprint(self.rows)
+        self.plan = Plan(self.rows.lengths, recipe)
+        self.total = self.plan.total
+        held = 0 if self.validation is None else len(self.validation)
+        self.size = f"{len(self.rows)} sequences, {held} for validation"
+
+    def step(self, model: Any, number: int) -> Work:
+        todo = self.plan.step(number)
+        return self.work(todo.micro_batches, todo.epoch, todo.ends_epoch)
+
+    def work(self, micro_batches: list[list[int]], epoch: float = 0.0, ends_epoch: bool = False) -> Work:
+        """The step that looks at these rows. Raises EnginepostError when none of their tokens is trained on."""
+        batches = [self.rows.batch(members) for members in micro_batches]
+        count = sum(int((b.targets != -100).sum()) for b in batches)
+        if count == 0:
+            rows = ", ".join(row for b in batches for row in b.rows)
+            raise EnginepostError(f"no token of these rows is trained on: {rows}")
+        return Work(batches, count, epoch, ends_epoch)
+
+    def loss(self, model: Any, work: Work, index: int) -> tuple[Tensor, Metrics]:
+        batch = work.micro_batches[index]
+        hidden = model.hidden(batch.ids, batch.cu_seqlens, batch.positions)
+        logprob, _, entropy = linear_logprob(
+            hidden, model.head_weight, batch.targets, softcap=model.spec.final_softcap, entropy=True
+        )
+        trained = int((batch.targets != -100).sum())
+        return sft_loss(logprob, work.count), {"entropy": (entropy.detach().sum().item(), trained)}
+
+    @torch.no_grad()
+    def evaluate(self, model: Any) -> dict[str, float] | None:
+        if self.validation is None:
+            return None
+        r = self.recipe
+        plan = plan_batches(
+            self.validation.lengths, batch_size=r.batch_size, max_length=r.max_length, packing=r.packing
+        )
+        model.eval()
+        total, count = 0.0, 0
+        for micro in plan:
+            batch = self.validation.batch(micro)
+            hidden = model.hidden(batch.ids, batch.cu_seqlens, batch.positions)
+            logprob, _, _ = linear_logprob(hidden, model.head_weight, batch.targets, softcap=model.spec.final_softcap)
+            total += sft_loss(logprob, 1).item()
+            count += int((batch.targets != -100).sum())
+        model.train()
+        return {"eval_loss": total / max(count, 1)}
