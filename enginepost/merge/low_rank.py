@@ -5,8 +5,8 @@ For every linear layer of the blocks the difference D = W_tuned - W_base `[out, 
     D ~ U_r S_r V_r^T = B A,    B = U_r S_r^(1/2) [out, r],    A = S_r^(1/2) V_r^T [r, in]    (Eckart and Young 1936)
 
 by a randomised SVD (Halko, Martinsson, Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1): Q spans D (D^T D)^q G of a Gaussian
-G with a few columns more than r, and the SVD of the small Q^T D gives the rest. The rank is fixed, or the least that holds a share of the
-energy |D|_F^2. Tensors come one at a time; memory is a few times the largest in float32, whatever the size of the models.
+G with a few columns more than r, and the SVD of the small Q^T D gives the rest. The rank is fixed, or the least that holds a share
+of the energy |D|_F^2. Tensors come one at a time; memory is a few times the largest in float32, whatever the size of the models.
 """
 
 from __future__ import annotations

@@ -118,3 +118,14 @@ def test_refusals(models: pathlib.Path, tmp_path: pathlib.Path) -> None:
     with pytest.raises(MergeError, match=r"layers.1.mlp.down_proj.weight holds NaN"):
         extract(models / "base", tmp_path / "damaged", tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_the_command(models: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    from typer.testing import CliRunner
+
+    from enginepost.cli import app
+
+    arguments = ["extract", str(models / "base"), str(models / "low"), str(tmp_path / "adapter"), "--rank", "4"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0 and "6 modules, rank 4" in done.output, done.output
+    assert "Example" in CliRunner().invoke(app, ["extract", "--help"]).output
