@@ -25,7 +25,7 @@ from torch import Tensor
 from enginepost.data import Tokenizer
 from enginepost.data.prompts import Prompt
 from enginepost.errors import EnginepostError
-from enginepost.online_recipe import Reward
+from enginepost.recipe_online import Reward
 
 Scorer = Callable[[list[Prompt], list[list[int]]], list[float | None]]
 

@@ -17,7 +17,7 @@ from enginepost.errors import EnginepostError
 from enginepost.generate import Completion
 from enginepost.kernels.linear_kl import linear_kl
 from enginepost.model import load_model
-from enginepost.online_recipe import Gkd as GkdRecipe
+from enginepost.recipe_online import GkdRecipe
 from enginepost.train.methods.method import Metrics
 from enginepost.train.methods.online import Online
 from enginepost.train.rollout import Rollout

@@ -21,11 +21,11 @@ from enginepost.errors import EnginepostError
 from enginepost.generate import Completion, sample
 from enginepost.model import ModelSpec
 from enginepost.model.weights import read_config
-from enginepost.online_recipe import Online as OnlineRecipe
+from enginepost.recipe_online import OnlineRecipe
 from enginepost.train import rewards
+from enginepost.train.frozen import Reference, reference_of
 from enginepost.train.methods.method import Method, Work
 from enginepost.train.objectives import advantages as adv
-from enginepost.train.reference import Reference, reference_of
 from enginepost.train.rollout import Rollout, add_logprobs, describe, gather, packs
 
 FLAT = "frac_reward_zero_std"

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from enginepost.errors import EnginepostError
 from enginepost.generate import Completion
-from enginepost.online_recipe import Grpo as GrpoRecipe
-from enginepost.online_recipe import Rloo as RlooRecipe
+from enginepost.recipe_online import GrpoRecipe, RlooRecipe
 from enginepost.train.methods.method import Metrics
 from enginepost.train.methods.online import FLAT, Online
 from enginepost.train.objectives import advantages as adv

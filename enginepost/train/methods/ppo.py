@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from enginepost.checkpoint import save_tensors
 from enginepost.errors import EnginepostError
-from enginepost.online_recipe import Ppo as PpoRecipe
+from enginepost.recipe_online import PpoRecipe
 from enginepost.train.methods.method import Metrics
 from enginepost.train.methods.online import Online
 from enginepost.train.methods.policy import clip_metrics, policy_metrics

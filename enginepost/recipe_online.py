@@ -62,7 +62,7 @@ Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 
 
-class Online(Recipe):
+class OnlineRecipe(Recipe):
     """Keys of all four."""
 
     UNUSED: ClassVar[frozenset[str]] = frozenset({"gradient_accumulation", "train_on", "format"})
@@ -89,7 +89,7 @@ class Online(Recipe):
     entropy_coef: NotNegative = 0.0
 
 
-class Grpo(Online):
+class GrpoRecipe(OnlineRecipe):
     """GRPO and its kin. What `loss` names has the settings of its paper, unless a key says otherwise."""
 
     loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = "grpo"
@@ -104,7 +104,7 @@ class Grpo(Online):
     max_resamples: Count = 4  # roll-outs drawn at most beyond the first to replace them
 
     @model_validator(mode="after")
-    def _papers(self) -> "Grpo":
+    def _papers(self) -> "GrpoRecipe":
         defaults: dict[str, dict[str, Any]] = {
             "dr_grpo": {"scale_rewards": "none"},
             "dapo": {"epsilon_high": 0.28, "dynamic_sampling": True},
@@ -124,7 +124,7 @@ class Grpo(Online):
         return self
 
 
-class Rloo(Online):
+class RlooRecipe(OnlineRecipe):
     """REINFORCE with a leave-one-out baseline; the KL is part of the reward."""
 
     num_generations: Count = 4
@@ -133,13 +133,13 @@ class Rloo(Online):
     normalize_advantages: bool = False
 
     @model_validator(mode="after")
-    def _group(self) -> "Rloo":
+    def _group(self) -> "RlooRecipe":
         if self.num_generations < 2:
             raise ValueError("num_generations must be at least 2: the baseline is the mean of the others")
         return self
 
 
-class Ppo(Online):
+class PpoRecipe(OnlineRecipe):
     """Proximal policy optimization with a value head on the policy."""
 
     num_generations: Count = 1
@@ -157,10 +157,10 @@ class Ppo(Online):
     whiten_advantages: bool = True
 
 
-class Gkd(Online):
+class GkdRecipe(OnlineRecipe):
     """On-policy distillation (arXiv 2306.13649): the student's own completions under the teacher's eyes."""
 
-    UNUSED: ClassVar[frozenset[str]] = Online.UNUSED | {
+    UNUSED: ClassVar[frozenset[str]] = OnlineRecipe.UNUSED | {
         "rewards", "missing_eos_penalty", "mask_truncated_completions", "overlong_buffer", "kl_estimator", "epsilon",
         "entropy_coef",
     }  # fmt: skip
