@@ -28,11 +28,10 @@ inline int launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_byt
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
   }
   if (error == cudaSuccess) {
-    error = [&](P... values) {
-      void *pointers[] = {&values...};
-      return cudaLaunchKernel(reinterpret_cast<const void *>(kernel), grid, block, pointers, shared_bytes,
-                              static_cast<cudaStream_t>(stream));
-    }(static_cast<P>(args)...);
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(args)...);
   }
   if (error == cudaSuccess) return EP_OK;
   cudaGetLastError();  // else the next call, of whoever, would be told of it

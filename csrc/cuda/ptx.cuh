@@ -133,6 +133,10 @@ __device__ __forceinline__ void mma_m16n8k16<fp16>(float (&d)[4], const uint32_t
 __device__ __forceinline__ void cp_async_16(uint32_t to, const void *from, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
+// The first `bytes` (0 to 16) of 16, then zeros; what is not copied is not read.
+__device__ __forceinline__ void cp_async_16_first(uint32_t to, const void *from, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
 __device__ __forceinline__ void cp_async_4(uint32_t to, const void *from, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
 }
@@ -155,6 +159,27 @@ __device__ __forceinline__ void store_once(uint4 *p, uint4 v) {
 // *p += v in global memory, in no particular order: not for results that must have the same bits every time.
 __device__ __forceinline__ void red_add(float *p, float v) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(p), "f"(v) : "memory");
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr int RED_WIDTH = 4;  // neighbours that one instruction adds
+// The same for four neighbours, 16-byte aligned; sm_90 and up.
+__device__ __forceinline__ void red_add_x4(float *p, const float (&v)[4]) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]) : "memory");
+}
+#else
+constexpr int RED_WIDTH = 1;
+__device__ __forceinline__ void red_add_x4(float *, const float (&)[4]) {}
+#endif
+// A counter in global memory by which blocks wait for each other: what was written before add_release (with __threadfence, and by the
+// whole block with a barrier too) is seen after a load_acquire that sees the sum.
+__device__ __forceinline__ int load_acquire(const int *p) {
+  int v;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ void add_release(int *p, int v) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
 // ---- barriers ---------------------------------------------------------------------------------------------------------------

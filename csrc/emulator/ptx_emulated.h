@@ -142,6 +142,7 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
 // ---- copies -----------------------------------------------------------------------------------------------------------------
 
 inline void cp_async_16(uint32_t to, const void *from, bool valid) { emulator::cp_async(to, from, 16, valid ? 16 : 0); }
+inline void cp_async_16_first(uint32_t to, const void *from, int bytes) { emulator::cp_async(to, from, 16, size_t(bytes)); }
 inline void cp_async_4(uint32_t to, const void *from, bool valid) { emulator::cp_async(to, from, 4, valid ? 4 : 0); }
 inline void cp_async_commit() { emulator::cp_async_commit(); }
 template <int LEFT>
@@ -163,6 +164,12 @@ inline void store_once(uint4 *p, uint4 v) {
   *p = v;
 }
 inline void red_add(float *p, float v) { *p += v; }
+constexpr int RED_WIDTH = 1;
+inline void red_add_x4(float *p, const float (&v)[4]) {
+  for (int i = 0; i < 4; i++) p[i] += v[i];
+}
+inline int load_acquire(const int *p) { return *p; }
+inline void add_release(int *p, int v) { *p += v; }
 
 // ---- barriers ---------------------------------------------------------------------------------------------------------------
 

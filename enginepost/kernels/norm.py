@@ -27,7 +27,8 @@ def reference(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
     """RMSNorm over the last dimension.
 
-    Args: x `[..., H]` float32 or bfloat16, on a GPU also float16; weight `[H]`, float32 or x's dtype; eps added to the mean square; offset added to weight.
+    Args: x `[..., H]` float32 or bfloat16 (on a GPU also float16); weight `[H]`, float32 or x's dtype; eps added to the mean
+        square; offset added to weight.
     Returns: `[..., H]` in x's dtype. Gradients flow to x and weight. Raises ValueError that names the argument at fault.
 
     Source: Zhang and Sennrich 2019 (arXiv 1910.07467), eq. 4.

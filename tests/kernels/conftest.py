@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from emulated_build import build_emulated
 from torch import Tensor
 
 from enginepost.kernels import backend as kernel_backend
-from emulated_build import build_emulated
 
 SCHEDULES = ("forward", "reverse", "shuffled")
 

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 @functools.lru_cache(maxsize=1)
 def build_emulated(sanitize: bool = False) -> pathlib.Path:
-    """Path of the module; a second call of the same process does nothing. Raises RuntimeError with the end of the compiler's output."""
+    """Path of the module; a second call does nothing. Raises RuntimeError with the end of the compiler's output."""
     import pybind11
 
     out = ROOT / "build" / ("emulated-sanitize" if sanitize else "emulated")

@@ -95,7 +95,9 @@ def test_every_16_bit_number_converts_as_torch_does(emulated_module):
         known = ~exact.isnan()
         assert torch.equal(wide[known], exact[known]) and wide[~known].isnan().all()
         torch.manual_seed(0)
-        x = torch.cat([torch.randn(40000) * 10.0 ** torch.randint(-9, 6, (40000,)), exact[known] * 1.00048828125, exact[known]])
+        x = torch.cat(
+            [torch.randn(40000) * 10.0 ** torch.randint(-9, 6, (40000,)), exact[known] * 1.00048828125, exact[known]]
+        )
         back = torch.empty(len(x), dtype=torch.int16)
         emulated_module.convert(back.data_ptr(), x.data_ptr(), len(x), dtype == torch.float16, True)
         assert torch.equal(back.view(dtype), x.to(dtype))

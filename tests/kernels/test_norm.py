@@ -104,7 +104,9 @@ def test_strided_input_and_gradient():
     assert all(torch.equal(a, b) for a, b in zip(ours, tight, strict=True))
 
 
-@pytest.mark.parametrize("width", [5, 40, 520, 4200], ids="width {}".format)  # 4200: more than a block of float32 holds in registers
+@pytest.mark.parametrize(
+    "width", [5, 40, 520, 4200], ids="width {}".format
+)  # 4200: more than a block of float32 holds in registers
 def test_same_bits_in_any_order_of_warps(width, each_schedule):
     arguments = inputs((19, width), torch.float32)
     each_schedule(lambda: add_grads(add_rms_norm, *arguments, 1.0))
