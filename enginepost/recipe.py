@@ -147,6 +147,10 @@ class Recipe(_Strict):
 METHODS: dict[str, tuple[str, str]] = {
     "sft": ("enginepost.recipe", "Recipe"),
     "pretrain": ("enginepost.recipe", "Recipe"),
+    "grpo": ("enginepost.recipe_online", "GrpoRecipe"),
+    "rloo": ("enginepost.recipe_online", "RlooRecipe"),
+    "ppo": ("enginepost.recipe_online", "PpoRecipe"),
+    "gkd": ("enginepost.recipe_online", "GkdRecipe"),
 }
 
 
