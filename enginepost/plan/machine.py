@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from enginepost.errors import EnginepostError
+from enginepost.recipe import memory_size
 
 # name: (GiB, GB/s of its memory, TFLOP/s, GB/s from the host)
 GPUS: dict[str, tuple[float, float, float, float]] = {
@@ -26,7 +27,6 @@ GPUS: dict[str, tuple[float, float, float, float]] = {
 }  # fmt: skip
 USABLE = 0.97  # of a card's capacity; the driver keeps the rest
 DISK = 2.0  # GB/s, when weights come from disk
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(k|m|g|t)?(i)?b?", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,22 +45,17 @@ class Machine:
 
 
 def size(text: str) -> float:
-    """Bytes of a size such as 12GB, 7.5gb, 512MB or 8GiB (binary); a bare number is GB.
-
-    >>> size("12GB"), size("8GiB"), size("0.5")
-    (12000000000.0, 8589934592.0, 500000000.0)
-    """
-    found = _SIZE.fullmatch(text.strip())
-    if not found or float(found[1]) <= 0:
+    """Bytes of an amount of memory such as 12GB. Raises EnginepostError for anything else."""
+    nbytes = memory_size(text)
+    if nbytes is None:
         raise EnginepostError(f"{text!r} is not an amount of memory; expected one such as 12GB, 512MB or 8GiB")
-    power = "kmgt".index((found[2] or "g").lower()) + 1
-    return float(found[1]) * (1024.0 if found[3] else 1000.0) ** power
+    return nbytes
 
 
 def gpu(text: str, host: float | None = None, tflops: float | None = None) -> Machine:
     """A card by name (rtx4090, "RTX 4090"), or one of a size (8GB). Raises EnginepostError that lists the names."""
     name = re.sub(r"[\s_]|nvidia|geforce", "", text.lower())
-    if name not in GPUS and _SIZE.fullmatch(text.strip()):
+    if name not in GPUS and memory_size(text) is not None:
         # Of a size alone: rates of a card of that class.
         memory = size(text)
         nearest = min(GPUS.values(), key=lambda card: abs(card[0] * 2**30 - memory))

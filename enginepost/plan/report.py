@@ -1,5 +1,5 @@
-"""`enginepost plan`: one Plan, as a table or as JSON. `settle` is what `memory:` in a recipe leads to, `advice` what is said when a run
-goes out of memory."""
+"""`enginepost plan`: one Plan, as a table or as JSON. `settled` is what `memory:` in a recipe leads to, `advice` what is said when a
+run goes out of memory."""
 
 import dataclasses
 import os
@@ -17,14 +17,15 @@ from enginepost.recipe import Recipe, load_recipe
 if TYPE_CHECKING:
     from rich.console import Console
 
+COUNTED = ("sft", "pretrain")
 SWITCHES = ("checkpointing", "weights", "batch_size", "quantize", "optimizer")
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """peak: the recipe as it stands; fits: None when no memory is known; longest_context: tokens of one sequence, largest_batch: bins
-    of max_length, both with the recipe's other keys; change: the cheapest switches that make it fit, None where it fits already or
-    nothing does."""
+    """peak: the recipe as it stands; fits: None when no memory is known; longest_context: tokens of one sequence, largest_batch:
+    bins of max_length, both with the recipe's other keys; change: the cheapest switches that make it fit, None where it fits already
+    or nothing does; utmost: (longest context of all combinations of switches, the combination) where it does not fit."""
 
     recipe: Recipe
     machine: Machine
@@ -35,6 +36,7 @@ class Plan:
     longest_context: int | None
     largest_batch: int | None
     change: choose.Choice | None
+    utmost: tuple[int, choose.Choice] | None = None
 
     @property
     def tokens_per_second(self) -> float:
@@ -59,6 +61,7 @@ class Plan:
             "tokens_per_second": self.tokens_per_second,
             "longest_context": self.longest_context,
             "largest_batch_size": self.largest_batch,
+            "utmost": None if self.utmost is None else {"context": self.utmost[0], "keys": self.utmost[1].changes},
             "change": None
             if change is None
             else {
@@ -73,12 +76,13 @@ class Plan:
         """The table and the lines below it."""
         from rich.table import Table
 
-        table = Table("item", box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
+        table.add_column("item", no_wrap=True)
         table.add_column("GB", justify="right")
-        table.add_column("", justify="right")
+        table.add_column("", justify="right", no_wrap=True)
         for item, title in ITEMS.items():
             nbytes = self.peak.items.get(item, 0)
-            if nbytes >= 5e5:
+            if nbytes >= 5e6:
                 table.add_row(title, _gb(nbytes), f"{100 * nbytes / self.peak.total:.0f}%")
         table.add_row("[bold]peak[/bold]", f"[bold]{_gb(self.peak.total)}[/bold]", f"in {self.peak.when}")
         console.print(table)
@@ -89,7 +93,9 @@ class Plan:
         """What the table does not say."""
         found = []
         if self.machine.device == "cpu":
-            found.append(f"pages of files (libraries): {_gb(self.peak.mapped)} GB beside it, which the system can take back")
+            found.append(
+                f"pages of files (libraries): {_gb(self.peak.mapped)} GB beside it, which the system can take back"
+            )
         else:
             host = ", ".join(f"{_host_title(k)} {_gb(v)}" for k, v in self.peak.host.items())
             found.append(f"host memory: {_gb(sum(self.peak.host.values()))} GB ({host})")
@@ -97,6 +103,10 @@ class Plan:
             f"speed, roughly: {_number(self.tokens_per_second)} tokens/s, {_number(self.seconds)} s an optimizer step of "
             f"{self.setup.tokens * self.setup.micro_batches} tokens, on {self.machine.name}"
         )
+        if self.recipe.method not in COUNTED:
+            found.append(
+                f"method {self.recipe.method}: what it holds beside a step on these tokens (references, roll-outs) is not counted"
+            )
         if self.machine.memory is None:
             return [*found, "how much memory there is, is not known here; say --gpu or --memory to see what fits"]
         verdict = "fits" if self.fits else "does not fit"
@@ -104,18 +114,28 @@ class Plan:
         if self.fits:
             return [*found, *self._limits()]
         if self.change is not None:
-            note = "" if self.change.same_bits else "; it changes the weights that are trained over, or the optimizer's rounding"
+            note = (
+                ""
+                if self.change.same_bits
+                else "; it changes the weights that are trained over, or the optimizer's rounding"
+            )
             found.append(
                 f"cheapest change that fits: {choose.described(self.change.changes)}: {_gb(self.change.peak.total)} GB, "
                 f"{_number(self.change.seconds)} s a step{note}"
             )
         else:
             found.append(_nothing(self.recipe, self.setup))
-        return [*found, *self._limits()]
+        if self.utmost is not None:
+            tokens, choice = self.utmost
+            keys = choose.described(
+                {k: v for k, v in choice.changes.items() if k not in ("batch_size", "gradient_accumulation")}
+            )
+            found.append(
+                f"the longest sequence that any switches allow: {tokens} tokens" + (f", with {keys}" if keys else "")
+            )
+        return found
 
     def _limits(self) -> list[str]:
-        if not self.longest_context:
-            return ["no context fits with the recipe's other keys"]
         return [
             f"with the recipe's other keys: one sequence of up to {self.longest_context} tokens, or batch_size up to "
             f"{self.largest_batch} at max_length {self.recipe.max_length}"
@@ -134,15 +154,17 @@ def plan(
     """Predict the memory and the time of a recipe, without weights or data.
 
     Args: recipe, overrides: as for `enginepost.train`; `model` may also be the name of a public architecture. on: a GPU by name or
-        size, default this CPU; memory: bytes to stay within, default the recipe's `memory` or what is there; host: host memory beside
-        a GPU; tflops: the rate of matrix products, where it is known.
+        size, default this CPU; memory: to stay within, such as "12GB", default the recipe's `memory` or what is there; host: host
+        memory beside a GPU; tflops: the rate of matrix products, where it is known.
     Raises: EnginepostError for a mistake in any of them.
     """
     settings = load_recipe(recipe, overrides or {})
     budget = size(memory) if memory else _stated(settings)
     if on is not None:
         machine = gpu(on, size(host) if host else None, tflops)
-        machine = dataclasses.replace(machine, memory=min(budget, machine.memory or budget) if budget else machine.memory)
+        machine = dataclasses.replace(
+            machine, memory=min(budget, machine.memory or budget) if budget else machine.memory
+        )
     else:
         machine = this_machine(budget, tflops)
     setup = setup_of(settings, config_of(settings.model), device=machine.device, threads=machine.threads)
@@ -154,13 +176,17 @@ def make_plan(recipe: Recipe, setup: Setup, machine: Machine) -> Plan:
     peak = step_peak(setup)
     known = machine.memory is not None
     fit = choose.fits(peak, machine) if known else None
-    change = None
+    change, utmost = None, None
     if fit is False:
-        change = choose.cheapest(_choices(recipe, setup, machine, SWITCHES), machine)
+        found = _choices(recipe, setup, machine, SWITCHES)
+        change = choose.cheapest(found, machine)
+        contexts = [(choose.longest_context(c.setup, machine), c) for c in found if "batch_size" not in c.changes]
+        utmost = max(contexts, key=lambda pair: pair[0])  # the first, so the cheapest, of equals
     return Plan(
         recipe, machine, setup, peak, fit, step_seconds(setup, machine, recipe.max_length),
         choose.longest_context(setup, machine) if known else None,
         choose.largest_batch(setup, machine, recipe.max_length) if known else None, change,
+        utmost if utmost and utmost[0] else None,
     )  # fmt: skip
 
 
@@ -172,19 +198,20 @@ def _choices(recipe: Recipe, setup: Setup, machine: Machine, keys: tuple[str, ..
     )  # fmt: skip
 
 
-def settle(recipe: Recipe, *, tokens: int, device: str = "cpu") -> tuple[Recipe, str]:
+def settled(recipe: Recipe) -> tuple[Recipe, str]:
     """For a recipe with `memory`: residency and checkpointing within the budget, where the recipe does not say them itself.
 
-    Args: tokens: of the run's largest micro-batch. Returns: (the recipe with the choice made, what to tell the reader). None of the
-    choices changes a bit of the result.
+    Returns: (the recipe with the choice made, what to tell the reader). None of the choices changes a bit of the result.
     Raises: EnginepostError when nothing fits: the plan, and what to change.
     """
     machine = this_machine(_stated(recipe))
     config = config_of(recipe.model)
-    setup = setup_of(recipe, config, tokens=tokens, device=device, threads=machine.threads)
+    setup = setup_of(recipe, config, threads=machine.threads)
     free = tuple(k for k in ("checkpointing", "weights") if k not in recipe.model_fields_set)
     # Without checkpointing a step is a quarter faster, so it is where the search begins.
-    start = dataclasses.replace(setup, **{k: v for k, v in (("checkpointing", False), ("weights", "resident")) if k in free})
+    start = dataclasses.replace(
+        setup, **{k: v for k, v in (("checkpointing", False), ("weights", "resident")) if k in free}
+    )
     found = _choices(recipe, start, machine, free)
     best = choose.cheapest(found, machine)
     budget = "" if machine.memory is None else f" of {_gb(machine.memory)}"
@@ -213,12 +240,19 @@ def _stated(recipe: Recipe) -> float | None:
 
 def _nothing(recipe: Recipe, setup: Setup) -> str:
     if setup.full:
-        return "no switch makes it fit; train an adapter instead of all weights (`lora: {r: 16}`), or take a smaller model"
+        return (
+            "no switch makes it fit; train an adapter instead of all weights (`lora: {r: 16}`), or take a smaller model"
+        )
     return "no switch makes it fit; take a shorter max_length or a smaller model"
 
 
 def _host_title(item: str) -> str:
-    return {"process": "Python and torch", "weights": "pinned weights", "slots": "pinned slots", "inputs": "block inputs"}[item]
+    return {
+        "process": "Python and torch",
+        "weights": "pinned weights",
+        "slots": "pinned slots",
+        "inputs": "block inputs",
+    }[item]
 
 
 def _gb(nbytes: float) -> str:
