@@ -332,13 +332,17 @@ def _forward(tape: Tape, s: Setup) -> tuple[list[Held], _Kept]:
     norms = tape.take((h if spec.pre_norm else 0) + 4 * tokens)
     projected = tape.take(qkv)
     low["qkv"] = _linear(tape, s, "qkv")
-    # With norms on q and k, the slices are copied on the way to the norm and again by the rotation.
-    turned = tape.take(qkv * (2 if spec.qk_norm else 1))
+    if spec.qk_norm:
+        # The projection stays, for its norms and for v; q and k once more, rotated.
+        qk = qkv - tokens * spec.kv_heads * spec.head_dim * e
+        normed, turned = tape.take(qk), tape.take(qk)
+        tape.free(normed)
+        turned = (turned[0], turned[1] + projected[1])
+    else:
+        turned = tape.take(qkv)
     attention = tape.take(q + 4 * tokens * spec.heads)
     if not spec.qk_norm:
         tape.free(projected)
-    else:
-        turned = (turned[0], turned[1] + projected[1])
     a = tape.take(h)
     low["o"] = _linear(tape, s, "o")
     if spec.post_norm:
