@@ -39,7 +39,8 @@ class Cache(Protocol):
     """Keys and values of earlier tokens, as `Transformer.hidden` uses them; `enginepost.generate.cache` has one."""
 
     cu_seqlens_k: Tensor
-    seqused_k: Tensor
+    seqused_k: Tensor | None
+    keeps: bool  # whether it remembers what is written; then there are no gradients
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v `[T, Hk, D]` of the stream's tokens; return all keys and values, laid out as cu_seqlens_k says."""
@@ -201,14 +202,14 @@ class Transformer(nn.Module):
             # Rounded to the weights' dtype first: Gemma was trained so.
             h = h * float(torch.tensor(spec.embedding_scale, dtype=h.dtype))
         turns = [tables(r, positions, cu_seqlens) for r in spec.ropes]
-        recompute = self.checkpointing and torch.is_grad_enabled() and cache is None
+        recompute = self.checkpointing and torch.is_grad_enabled() and (cache is None or not cache.keeps)
         seed = self.dropout_seed * 4 * len(self.blocks)
         for i, block in enumerate(self.blocks):
             index = spec.layers[i].rope
             turn = None if index is None else turns[index]
             if recompute:
                 h = checkpoint(
-                    block, h, cu_seqlens, turn, seed + 4 * i, use_reentrant=False, preserve_rng_state=False
+                    block, h, cu_seqlens, turn, seed + 4 * i, cache, use_reentrant=False, preserve_rng_state=False
                 )  # fmt: skip
             else:
                 h = block(h, cu_seqlens, turn, seed + 4 * i, cache)

@@ -79,7 +79,7 @@ def test_dpo_losses_are_those_of_trl(case: dict[str, Any]) -> None:
     assert loss.item() == pytest.approx(case["loss"], **near)
     loss.backward()
     grads = [x.grad.sum().item() if x.grad is not None else 0.0 for x in policy]
-    assert grads == pytest.approx(case["grad"], rel=1e-4 if single else 1e-7, abs=1e-9)
+    assert grads == pytest.approx(case["grad"], rel=1e-4 if single else 1e-6, abs=1e-9)
     m = case["metrics"]
     assert chosen.mean().item() == pytest.approx(m["rewards/chosen"], **near)
     assert rejected.mean().item() == pytest.approx(m["rewards/rejected"], **near)
