@@ -115,7 +115,13 @@ struct Selects {
 
 }  // namespace
 
+#if defined(EP_EMULATED)
+#include "emulator/bindings.h"
+PYBIND11_MODULE(_emulated, m) {
+  ep::emulator::bind(m);
+#else
 PYBIND11_MODULE(_core, m) {
+#endif
   m.doc() = "enginepost's native kernels; use enginepost.kernels instead.";
 
   m.def("isa", [] { return std::string(ep_cpu_isa()); });

@@ -53,6 +53,44 @@ def train(
 
 @app.command(
     epilog=_example(
+        "enginepost init --like llama-3.1-8b models/random-8b",
+        "enginepost init --like llama-3.2-1b models/small num_hidden_layers=2 --tokenizer models/SmolLM2-135M",
+    )
+)
+def init(
+    out: Annotated[str, typer.Argument(help="The directory to write; new or empty.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="config.json keys to set, such as num_hidden_layers=2."),
+    ] = None,
+    like: Annotated[str | None, typer.Option(help="A public architecture by name; an unknown name lists them.")] = None,
+    config: Annotated[str | None, typer.Option(help="A config.json, or a model directory that has one.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="A model directory whose tokenizer to copy.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    seed: Annotated[int, typer.Option()] = 0,
+    shard: Annotated[float, typer.Option(min=0.001, help="Most GB in a weights file.")] = 5,
+) -> None:
+    """Write a model with random weights in the shape of a public one, to try, test and measure without a download."""
+    from enginepost.model.architectures import architecture, init_model
+    from enginepost.model.layout import read_config
+    from enginepost.recipe import parse_overrides
+
+    if (like is None) == (config is None):
+        raise EnginepostError("give either --like NAME or --config FILE, which say what the model looks like")
+    base = architecture(like) if like is not None else read_config(config or "")
+    count = init_model(
+        out,
+        {**base, **parse_overrides(overrides or [])},
+        dtype=dtype,
+        seed=seed,
+        tokenizer=tokenizer,
+        shard_bytes=shard * 1e9,
+    )
+    typer.echo(f"wrote {out}: {count:,} parameters, random, in {dtype}")
+
+
+@app.command(
+    epilog=_example(
         'enginepost generate models/SmolLM2-135M-Instruct --prompt "What is six times seven?"',
         'enginepost generate MODEL --adapter runs/sft_lora/adapter --prompt "Hello" --temperature 0.7 --top-p 0.9',
     )

@@ -175,3 +175,18 @@ def test_kernels_lists_what_runs(call: Call) -> None:
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in ("attention", "linear_logprob", "lora", "norm", "rope", "glu", "adamw"))
     assert "instruction set" in done.stdout
+
+
+def test_init_writes_a_model_that_other_verbs_read(
+    call: Call, tmp_path: pathlib.Path, tiny_tokenizer_dir: pathlib.Path
+) -> None:
+    small = ["num_hidden_layers=2", "hidden_size=64", "intermediate_size=96", "num_attention_heads=4", "num_key_value_heads=2",
+             "head_dim=16", "vocab_size=400"]  # fmt: skip
+    done = call("init", "--like", "llama-3.1-8b", "m", *small, "--tokenizer", str(tiny_tokenizer_dir))
+    assert done.returncode == 0 and "112,960 parameters, random, in bfloat16" in done.stdout
+    again = call("init", "--config", "m/config.json", "again", "num_hidden_layers=1", "--dtype", "float32")
+    assert again.returncode == 0 and "float32" in again.stdout
+    said = call("generate", "m", "--raw", "--prompt", "hello", "--max-new-tokens", "3")
+    assert said.returncode == 0, said.stderr
+    assert "give either --like NAME or --config FILE" in call("init", "out").stderr
+    assert "did you mean" in call("init", "--like", "llama-3.1-80b", "out").stderr

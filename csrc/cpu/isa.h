@@ -13,7 +13,11 @@ namespace ep {
 enum class Isa { portable, avx2, avx512, avx512bf16 };
 Isa cpu_isa();
 
-#if defined(EP_X86)
+#if defined(EP_EMULATED)
+// The emulated build holds the CUDA kernels alone (dispatch.h): what has none says so.
+#define EP_KERNEL(name, Args)
+#define EP_RUN(name, args) return (void)(args), ep::fail(EP_UNSUPPORTED, "%s has no CUDA kernel that the emulator could run", #name)
+#elif defined(EP_X86)
 #define EP_KERNEL(name, Args) \
   namespace ep {              \
   namespace portable {        \

@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "dispatch.h"
 #include "enginepost/core.h"
 #include "isa.h"
 #include "parallel.h"
@@ -193,6 +194,7 @@ static unsigned dtype_bit(DLDataType t) {
   if (t.lanes != 1) return 0;
   if (t.code == kDLFloat && t.bits == 32) return F32;
   if (t.code == kDLBfloat && t.bits == 16) return BF16;
+  if (t.code == kDLFloat && t.bits == 16) return F16;
   if (t.code == kDLInt && t.bits == 32) return I32;
   if (t.code == kDLInt && t.bits == 64) return I64;
   if (t.code == kDLUInt && t.bits == 8) return U8;
@@ -201,8 +203,8 @@ static unsigned dtype_bit(DLDataType t) {
 
 static std::string dtype_names(unsigned mask) {
   std::string out;
-  const char *names[] = {"float32", "bfloat16", "int32", "int64", "uint8"};
-  for (int i = 0; i < 5; i++) {
+  const char *names[] = {"float32", "bfloat16", "int32", "int64", "uint8", "float16"};
+  for (int i = 0; i < 6; i++) {
     if (mask & (1u << i)) out += (out.empty() ? "" : " or ") + std::string(names[i]);
   }
   return out;
@@ -216,10 +218,14 @@ static std::string shape_of(const DLTensor *t) {
 
 bool view(Tensor &out, const DLTensor *t, const char *fn, const char *name, int ndim, unsigned dtypes) {
   if (t == nullptr) return fail(EP_INVALID_ARGUMENT, "%s: %s is missing", fn, name), false;
-  if (t->device.device_type != kDLCPU) {
-    return fail(EP_INVALID_ARGUMENT, "%s: %s must be in CPU memory, got device type %d", fn, name, int(t->device.device_type)),
+  const bool gpu = on_gpu(t->device);
+  if (t->device.device_type != kDLCPU && !(gpu && (dtypes & GPU))) {
+    const bool lacks = t->device.device_type == kDLCUDA && (dtypes & GPU);
+    return fail(EP_INVALID_ARGUMENT, "%s: %s must be in CPU memory%s, got device type %d", fn, name,
+                lacks ? " (this build has no CUDA kernels)" : "", int(t->device.device_type)),
            false;
   }
+  if (gpu && (dtypes & GPU) && (dtypes & BF16)) dtypes |= F16;
   unsigned bit = dtype_bit(t->dtype);
   if (!(bit & dtypes)) {
     return fail(EP_INVALID_ARGUMENT, "%s: %s must be %s, got DLPack dtype code %d with %d bits and %d lanes", fn, name,
@@ -231,6 +237,7 @@ bool view(Tensor &out, const DLTensor *t, const char *fn, const char *name, int 
     return fail(EP_INVALID_ARGUMENT, "%s: %s must have %d dimensions, got %d", fn, name, ndim, int(t->ndim)), false;
   }
   out.dtype = bit;
+  out.device = t->device;
   out.size = 1;
   out.contiguous = true;
   for (int i = 0; i < ndim; i++) {
@@ -256,18 +263,29 @@ bool view(Tensor &out, const DLTensor *t, const char *fn, const char *name, int 
   }
   out.data = static_cast<char *>(t->data) + t->byte_offset;
   if (out.size > 0 && t->data == nullptr) return fail(EP_INVALID_ARGUMENT, "%s: %s has no data", fn, name), false;
-  uintptr_t align = bit == I64 ? 8 : bit == BF16 ? 2 : bit == U8 ? 1 : 4;
+  uintptr_t align = bit == I64 ? 8 : bit == BF16 || bit == F16 ? 2 : bit == U8 ? 1 : 4;
   if (out.size > 0 && reinterpret_cast<uintptr_t>(out.data) % align) {
     return fail(EP_INVALID_ARGUMENT, "%s: the data of %s is not aligned to its element size", fn, name), false;
   }
   return true;
 }
 
+int check_one_device(const char *fn, std::initializer_list<const Tensor *> tensors) {
+  const Tensor *first = nullptr;
+  for (const Tensor *t : tensors) {
+    if (t->data == nullptr) continue;
+    if (first == nullptr) first = t;
+    EP_REQUIRE(t->device.device_type == first->device.device_type && t->device.device_id == first->device.device_id,
+               "%s: its tensors are on different devices", fn);
+  }
+  return EP_OK;
+}
+
 // One past the last byte of a view.
 static const char *end_of(const Tensor &t) {
   int64_t last = 0;
   for (int i = 0; i < 4; i++) last += t.shape[i] > 1 ? (t.shape[i] - 1) * t.stride[i] : 0;
-  const int64_t bytes = t.dtype == U8 ? 1 : t.dtype == BF16 ? 2 : t.dtype == I64 ? 8 : 4;
+  const int64_t bytes = t.dtype == U8 ? 1 : t.dtype == BF16 || t.dtype == F16 ? 2 : t.dtype == I64 ? 8 : 4;
   return t.data + (last + 1) * bytes;
 }
 

@@ -2,17 +2,21 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "enginepost/core.h"
 
 namespace ep {
 
-enum Dtype : unsigned { F32 = 1, BF16 = 2, I32 = 4, I64 = 8, U8 = 16 };
+enum Dtype : unsigned { F32 = 1, BF16 = 2, I32 = 4, I64 = 8, U8 = 16, F16 = 32 };
 constexpr unsigned FLOATS = F32 | BF16;
+// Added to the dtypes of an argument that may lie on a GPU: its family has CUDA kernels. There BF16 stands for F16 too.
+constexpr unsigned GPU = 1u << 16;
 
 struct Tensor {
   char *data = nullptr;
   unsigned dtype = 0;
+  DLDevice device = {kDLCPU, 0};
   int64_t size = 0;
   int64_t shape[4] = {};
   int64_t stride[4] = {};  // elements
@@ -25,6 +29,9 @@ int fail(int status, const char *format, ...) __attribute__((format(printf, 2, 3
 
 // Fills `out` or writes an error and returns false: device, dtype, rank, strides, alignment.
 bool view(Tensor &out, const DLTensor *t, const char *fn, const char *name, int ndim, unsigned dtypes);
+
+// EP_INVALID_ARGUMENT unless all of them are on one device; empty views (arguments not given) count for nothing.
+int check_one_device(const char *fn, std::initializer_list<const Tensor *> tensors);
 
 // EP_INVALID_ARGUMENT when a result lies over integers that say where to read: once overwritten, the checked indices are wild ones.
 // An empty view (an optional argument that was not given) overlaps nothing.

@@ -51,7 +51,7 @@ def collate_answers(
     from the first; None or 0 for none."""
     import torch
 
-    ids, positions, predict, targets, keys, last = ([] for _ in range(6))  # type: ignore[var-annotated]
+    ids, positions, predict, targets, keys, last = ([] for _ in range(6))
     ends, key_ends, lengths = [0], [0], []
     at = before = 0  # where this sequence begins in the stream; where the one before it does
     for number, s in enumerate(sequences):

@@ -169,8 +169,8 @@ class _Preferences:
         a, b = ([self.tokenizer.token(int(i)) for i in side[max(0, same - 1) : same + 4]] for side in (prompt, ids))
         return (
             f"{self.base.names[row.file]}:{row.number}: the tokens of the prompt are not the first tokens of prompt and answer, so "
-            f"the answer would begin inside a token: the prompt alone reads {a} there, with the answer it reads {b}. Move white space "
-            f"from the end of the prompt ({_prompt(row)[-20:]!r}) to the start of the answer, or name a chat template"
+            f"the answer would begin inside a token: the prompt alone reads {a} there, with the answer it reads {b}. Move white "
+            f"space from the end of the prompt ({_prompt(row)[-20:]!r}) to the start of the answer, or name a chat template"
         )
 
     def _keep(self, encoded: list[tuple[_Row, Ids, NDArray[np.bool_]]], found: Pair | Graded) -> None:

@@ -6,6 +6,7 @@ tensor of a checkpoint, the parameter and the rows of it that hold the tensor. N
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,10 @@ class Entry:
     def shape(self) -> tuple[int, ...]:
         rows = self.stop - self.start
         return (rows,) if self.columns is None else (rows, self.columns)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
 
 def layout(spec: ModelSpec) -> list[Entry]:
@@ -76,12 +81,21 @@ def layout(spec: ModelSpec) -> list[Entry]:
     return entries
 
 
-def read_config(directory: str | Path) -> dict[str, Any]:
-    """The `config.json` of a model directory. Raises EnginepostError that names the file."""
-    path = Path(directory) / "config.json"
+def starting_value(entry: Entry, spec: ModelSpec) -> float | None:
+    """What a vector holds before training (norms multiply by one, biases add nothing); None for a matrix, which is drawn."""
+    if entry.columns is not None:
+        return None
+    return 0.0 if entry.name.endswith(".bias") else 1.0 - spec.norm_offset
+
+
+def read_config(where: str | Path) -> dict[str, Any]:
+    """The `config.json` of a model directory, or by its own path. Raises EnginepostError that names the file."""
+    path = Path(where)
     if not path.is_file():
-        kind = "is not a directory" if not Path(directory).is_dir() else "has no config.json"
-        raise EnginepostError(f"{directory} {kind}; expected a Hugging Face model directory")
+        path = path / "config.json"
+    if not path.is_file():
+        kind = "is not a directory" if not Path(where).is_dir() else "has no config.json"
+        raise EnginepostError(f"{where} {kind}; expected a Hugging Face model directory")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:

@@ -1,13 +1,15 @@
 """Rows of a stream that are read more than once: prompts that several continuations share.
 
-`take` copies rows; its backward pass adds the gradients of the copies, first all first copies, then all second ones, ..., so that the
-sum has the same bits at any thread count and on any device. `SharedPrompts` stands where a cache of keys and values would: it gives
-attention the keys of each continuation's prompt beside its own.
+`take` copies rows; its backward pass adds the gradients of the copies, first all first copies, then all second ones, ..., so that
+the sum has the same bits at any thread count and on any device. `SharedPrompts` stands where a cache of keys and values would: it
+gives attention the keys of each continuation's prompt beside its own.
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from enginepost.kernels.attention import attention
 
 
 class Copies:
@@ -27,13 +29,13 @@ class Copies:
 
 class _Take(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, copies: Copies) -> Tensor:  # type: ignore[no-untyped-def,override]
+    def forward(ctx, x: Tensor, copies: Copies) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.copies, ctx.rows = copies, x.shape[0]
         return x.index_select(0, copies.index)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def,override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         total = grad.new_zeros(ctx.rows, *grad.shape[1:])
         for number, chosen in enumerate(ctx.copies.rounds):
             rows = ctx.copies.index[chosen]
@@ -46,7 +48,7 @@ class _Take(torch.autograd.Function):
 
 def take(x: Tensor, copies: Copies) -> Tensor:
     """x `[T, ...]` -> `[N, ...]`, row copies.index[n] at place n."""
-    return _Take.apply(x, copies)  # type: ignore[no-untyped-call,no-any-return]
+    return _Take.apply(x, copies)
 
 
 class SharedPrompts:
@@ -61,7 +63,10 @@ class SharedPrompts:
     def __init__(self, keys: Tensor, cu_seqlens_k: Tensor) -> None:
         self.copies = Copies(keys)
         self.cu_seqlens_k = cu_seqlens_k
-        self.seqused_k = None
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return take(k, self.copies), take(v, self.copies)
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, window: int, softcap: float, scale: float
+    ) -> Tensor:  # fmt: skip
+        """q `[T, H, D]` over the keys that `cu_seqlens_k` gives its sequence -> `[T, H, D]`."""
+        keys, values = take(k, self.copies), take(v, self.copies)
+        return attention(q, keys, values, cu_seqlens, self.cu_seqlens_k, window=window, softcap=softcap, scale=scale)[0]

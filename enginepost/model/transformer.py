@@ -38,12 +38,12 @@ FEW_ROWS = 16  # a product with fewer is bound by reading the weight
 class Cache(Protocol):
     """Keys and values of earlier tokens, as `Transformer.hidden` uses them; `enginepost.generate.cache` has one."""
 
-    cu_seqlens_k: Tensor
-    seqused_k: Tensor | None
-    keeps: bool  # whether it remembers what is written; then there are no gradients
+    keeps: bool  # whether it remembers what it is given; then there are no gradients
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v `[T, Hk, D]` of the stream's tokens; return all keys and values, laid out as cu_seqlens_k says."""
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, window: int, softcap: float, scale: float
+    ) -> Tensor:  # fmt: skip
+        """Store k, v `[T, Hk, D]` of the stream's tokens; q `[T, H, D]` over all that is stored of its sequence -> `[T, H, D]`."""
 
 
 class Linear(nn.Module):
@@ -149,10 +149,7 @@ class Block(nn.Module):
         if cache is None:
             out = attention(q, k, v, cu_seqlens, window=window, softcap=softcap, scale=scale)[0]
         else:
-            k, v = cache.write(self.index, k, v)
-            out = attention(
-                q, k, v, cu_seqlens, cache.cu_seqlens_k, cache.seqused_k, window=window, softcap=softcap, scale=scale
-            )[0]
+            out = cache.attend(self.index, q, k, v, cu_seqlens, window=window, softcap=softcap, scale=scale)
         return out.reshape(-1, heads * dim)
 
 

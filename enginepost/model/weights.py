@@ -23,7 +23,7 @@ from enginepost.checkpoint import (
 )
 from enginepost.errors import EnginepostError
 from enginepost.kernels import nf4
-from enginepost.model.layout import Entry, layout, read_config
+from enginepost.model.layout import Entry, layout, read_config, starting_value
 from enginepost.model.spec import FAMILIES, ModelSpec
 from enginepost.model.transformer import Transformer
 
@@ -116,10 +116,11 @@ def create_model(
     with torch.no_grad():
         for entry in layout(spec):
             rows = own[entry.parameter][entry.start : entry.stop]
-            if entry.columns is not None:
+            value = starting_value(entry, spec)
+            if value is None:
                 rows.copy_(torch.empty(entry.shape).normal_(0.0, spec.initializer_range, generator=generator))
             else:
-                rows.fill_(0.0 if entry.name.endswith(".bias") else 1.0 - spec.norm_offset)
+                rows.fill_(value)
     return model
 
 

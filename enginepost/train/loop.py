@@ -90,6 +90,8 @@ def _train(recipe: Recipe, run: RunDirectory, command: str) -> None:
         weights.load_method(method.module_tensors(), checkpoint)
         weights.load_optimizer(optimizer, checkpoint, step)
         method.restore(state["enginepost"].get("method", {}), weights.read_method(checkpoint))
+    else:
+        method.begin(model)
     write_file(run.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
     monitor = Monitor(run.path, total=method.total, step=step, history=history, tensorboard=recipe.tensorboard)
 

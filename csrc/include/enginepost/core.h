@@ -22,7 +22,8 @@ enum {
   EP_OK = 0,
   EP_INVALID_ARGUMENT = 1, /* a tensor or parameter is not what the function takes */
   EP_UNSUPPORTED = 2,      /* valid, but no kernel here does it */
-  EP_OUT_OF_MEMORY = 3
+  EP_OUT_OF_MEMORY = 3,
+  EP_DEVICE_ERROR = 4 /* the GPU or its driver refused */
 };
 
 /* The message of this thread's last failed call; "" when none failed. Valid until the thread's next call. */

@@ -114,8 +114,6 @@ _LOSSES: dict[str, Callable[[_Pairs], Tensor]] = {
     "sft": lambda p: -p.sft[0] / p.sft[1],
 }
 DPO_LOSSES = tuple(_LOSSES)
-SMOOTHED = ("conservative", "robust", "exo_pair", "aot", "aot_unpaired")  # those that know label_smoothing
-DIVERGENT = ("sigmoid", "conservative", "robust", "hinge", "ipo", "ipo_sum", "exo_pair", "discopop", "sigmoid_norm")
 
 
 def dpo_loss(

@@ -1,0 +1,57 @@
+// See device.h. What a device is does not change, so it is asked for once.
+#include "device.h"
+
+#include <mutex>
+
+#include "launch.cuh"
+
+namespace ep {
+namespace cuda {
+
+#if defined(EP_EMULATED)
+
+int current_device(Device &device) {
+  const int architecture = emulator::card_architecture();
+  device = {architecture, emulator::card_multiprocessors(), block_shared(architecture), block_shared(architecture) + 1024};
+  return EP_OK;
+}
+UseDevice::UseDevice(int) { (void)before_; }
+UseDevice::~UseDevice() {}
+
+#else
+
+int current_device(Device &device) {
+  static std::mutex lock;
+  static Device known[64] = {};
+  int id = 0;
+  if (cudaGetDevice(&id) != cudaSuccess || id < 0 || id >= 64) return fail(EP_DEVICE_ERROR, "no CUDA device is at hand");
+  std::lock_guard<std::mutex> turn(lock);
+  if (known[id].architecture == 0) {
+    int major = 0, minor = 0, processors = 0, of_block = 0, of_processor = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id);
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, id);
+    cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
+    cudaDeviceGetAttribute(&of_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id);
+    known[id] = {10 * major + minor, processors, of_block, of_processor};
+  }
+  device = known[id];
+  if (device.architecture < 80) {
+    return fail(EP_UNSUPPORTED, "the CUDA kernels need compute capability 8.0, this card has %d.%d", device.architecture / 10,
+                device.architecture % 10);
+  }
+  return EP_OK;
+}
+
+UseDevice::UseDevice(int id) {
+  int now = 0;
+  if (cudaGetDevice(&now) == cudaSuccess && now != id && cudaSetDevice(id) == cudaSuccess) before_ = now;
+}
+UseDevice::~UseDevice() {
+  if (before_ >= 0) cudaSetDevice(before_);
+}
+
+#endif
+
+}  // namespace cuda
+}  // namespace ep

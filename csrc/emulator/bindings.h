@@ -1,0 +1,45 @@
+// What the module of the emulated build has besides the kernels: schedules, the card, counters, and the emulator's own tests.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "emulator.h"
+#include "enginepost/core.h"
+#include "planted.h"
+
+namespace ep {
+namespace emulator {
+
+inline void bind(pybind11::module_ &m) {
+  namespace py = pybind11;
+  static const auto check = [](int status) {
+    if (status != EP_OK) throw std::runtime_error(ep_last_error());
+  };
+  m.def("set_schedule", [](const std::string &name, uint64_t seed) {
+    if (name != "forward" && name != "reverse" && name != "shuffled")
+      throw py::value_error("schedule: forward, reverse or shuffled");
+    set_schedule(name == "forward" ? Schedule::forward : name == "reverse" ? Schedule::reverse : Schedule::shuffled, seed);
+  });
+  m.def("set_card", &set_card);
+  m.def("statistics", [] {
+    const Statistics s = statistics;
+    statistics = Statistics();
+    py::dict out;
+    out["launches"] = s.launches, out["threads"] = s.threads, out["mma"] = s.mma, out["ldmatrix"] = s.ldmatrix;
+    out["ldmatrix_conflicts"] = s.ldmatrix_conflicts, out["cp_async"] = s.cp_async, out["barriers"] = s.barriers;
+    return out;
+  });
+  m.def("planted_matmul",
+        [](const std::string &fault, uintptr_t a, uintptr_t b, uintptr_t c, int64_t rows, int64_t columns, int64_t k, bool fp16) {
+          check(planted_matmul(fault.c_str(), reinterpret_cast<const uint16_t *>(a), reinterpret_cast<const uint16_t *>(b),
+                               reinterpret_cast<float *>(c), rows, columns, k, fp16));
+        });
+  m.def("planted_sum", [](const std::string &fault, uintptr_t x, uintptr_t y, int64_t blocks) {
+    check(planted_sum(fault.c_str(), reinterpret_cast<const float *>(x), reinterpret_cast<float *>(y), blocks));
+  });
+}
+
+}  // namespace emulator
+}  // namespace ep

@@ -1,0 +1,16 @@
+// Small kernels that test the emulator: one that is right, and the same with one thing wrong.
+#pragma once
+
+#include <cstdint>
+
+namespace ep {
+namespace emulator {
+
+// c (m, n) float32 = a (m, k) b (n, k)^T, all multiples of 64 (k: 32); a, b 16-bit. `fault` names what is left out or wrong; "" =
+// nothing.
+int planted_matmul(const char *fault, const uint16_t *a, const uint16_t *b, float *c, int64_t m, int64_t n, int64_t k, bool fp16);
+// y[2 i], y[2 i + 1] = sum of block i of x (128 each): warp shuffles, a vote, shared memory, a named barrier.
+int planted_sum(const char *fault, const float *x, float *y, int64_t blocks);
+
+}  // namespace emulator
+}  // namespace ep
