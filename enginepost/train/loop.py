@@ -268,7 +268,10 @@ def _not_finite(what: str, step: int, batches: list[MicroBatch], run: RunDirecto
 def _resume_command(recipe: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any]) -> str:
     if isinstance(recipe, Mapping):
         return "enginepost.train(..., resume=True)"
-    keys = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in overrides.items()]
+    keys = [
+        f"{key}={value if isinstance(value, str) else json.dumps(value, default=repr)}"
+        for key, value in overrides.items()
+    ]
     return shlex.join(["enginepost", "train", os.fspath(recipe), *keys, "--resume"])
 
 

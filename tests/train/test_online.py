@@ -381,11 +381,22 @@ def test_a_teacher_of_another_vocabulary(recipe: MakeRecipe, tmp_path: pathlib.P
         train({**settings, "teacher": str(tmp_path / "other")})
 
 
-def test_resume_refuses_another_reward(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_refuses_another_reward(
+    recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """A function is known by its file and name; one without a name of its own (a lambda) has to be given again, and can be."""
     with monkeypatch.context() as m:
         interrupt_after(m, 2)
         with pytest.raises(Interrupted):
+            train(recipe("grpo", rewards=[lambda completions: [0.5] * len(completions)], output=f"{tmp_path}/lambda"))
+        with pytest.raises(Interrupted):
             train(recipe("grpo"))
+    train(
+        recipe(
+            "grpo", rewards=[lambda completions: [0.5] * len(completions)], output=f"{tmp_path}/lambda", max_steps=5
+        ),
+        resume=True,
+    )
     with pytest.raises(EnginepostError, match=r"changed recipe(.|\n)*rewards"):
         train(recipe("grpo", rewards=[shortness]), resume=True)
 
