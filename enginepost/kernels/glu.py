@@ -27,7 +27,8 @@ def reference(gate_up: Tensor, activation: str = "silu") -> Tensor:
 def glu(gate_up: Tensor, activation: str = "silu") -> Tensor:
     """`act(gate) * up`.
 
-    Args: gate_up `[..., 2I]` = [gate | up], float32 or bfloat16 (on a GPU also float16); activation one of "silu", "gelu_tanh", "gelu".
+    Args: gate_up `[..., 2I]` = [gate | up], float32 or bfloat16 (on a GPU also float16); activation one of
+        "silu", "gelu_tanh", "gelu".
     Returns: `[..., I]` in gate_up's dtype. Raises ValueError for another activation or an odd width.
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer" (arXiv 2002.05202), eq. 6.

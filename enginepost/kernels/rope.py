@@ -122,7 +122,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, heads: int | None = None) -> Tenso
 
     A fused projection [q | k | v] is rotated in one pass with heads = H + Hk and then split.
 
-    Args: x `[T, H, D]` float32 or bfloat16 (on a GPU also float16), heads and dims contiguous, tokens at any stride; cos, sin `[T, R/2]` float32, R <= D.
+    Args: x `[T, H, D]` float32 or bfloat16 (on a GPU also float16), heads and dims contiguous, tokens at any stride;
+        cos, sin `[T, R/2]` float32, R <= D.
     Returns: `[T, H, D]` contiguous, in x's dtype. Raises ValueError that names the argument at fault.
 
     Source: Su et al. 2021 (RoFormer, arXiv 2104.09864), eq. 34.
