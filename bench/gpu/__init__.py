@@ -8,7 +8,8 @@ A benchmark is one module, `bench/gpu/NAME.py`, that has
 run on a machine without a GPU. A peer that is not importable is left out of `calls`.
 
 How it measures: CUDA events around one call; before each, a buffer larger than the L2 cache is overwritten, which also gives the
-host time to queue the call; ours and the peers take turns, in reversed order every second round; the figure is the median of at least 20.
+host time to queue the call; ours and the peers take turns, in reversed order every second round; the figure is the median of at
+least 20.
 """
 
 import statistics
