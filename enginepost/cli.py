@@ -191,6 +191,43 @@ def merge(
 
 
 @app.command(
+    "merge-adapters",
+    epilog=_example(
+        "enginepost merge-adapters runs/both runs/code/adapter runs/chat/adapter --weight 0.6 --weight 0.4",
+        "enginepost merge-adapters OUT A B --method ties_svd --density 0.5 --rank 32",
+    ),
+)
+def merge_adapters(
+    out: Annotated[str, typer.Argument(help="The adapter directory to write; new or empty.")],
+    adapters: Annotated[list[str], typer.Argument(help="PEFT LoRA adapters of one base model.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="svd, cat, linear, ties, dare_linear, dare_ties, ties_svd, dare_linear_svd or dare_ties_svd."
+        ),
+    ] = "svd",
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Of each adapter, in their order; give it once for each. Default: 1.")
+    ] = None,
+    density: Annotated[float, typer.Option(help="Share of elements that ties and dare keep.")] = 1.0,
+    sign: Annotated[str, typer.Option(help="How ties elects: by total value, or by frequency.")] = "total",
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Of the result, for svd; default: the highest of theirs.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random masks of dare.")] = 0,
+) -> None:
+    """Merge LoRA adapters with one another into a new one, as PEFT's add_weighted_adapter does."""
+    from enginepost.merge import merge_adapters
+
+    report = merge_adapters(
+        adapters, out, method=method, weights=weight, density=density, sign=sign, rank=rank, seed=seed
+    )
+    for note in report.notes:
+        typer.secho(f"note: {note}", fg="yellow")
+    typer.echo(report.text())
+
+
+@app.command(
     epilog=_example(
         "enginepost extract models/base models/tuned runs/extracted --rank 32",
         "enginepost extract models/base models/tuned runs/extracted --energy 0.9",

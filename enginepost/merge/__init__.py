@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from enginepost.merge.adapters import AdapterMergeReport as AdapterMergeReport
+    from enginepost.merge.adapters import merge_adapters as merge_adapters
     from enginepost.merge.apply import merge_tensors as merge_tensors
     from enginepost.merge.low_rank import ExtractReport as ExtractReport
     from enginepost.merge.low_rank import extract as extract
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "merge_tensors": "apply",
+    "AdapterMergeReport": "adapters",
+    "merge_adapters": "adapters",
     "ExtractReport": "low_rank",
     "extract": "low_rank",
     "METHODS": "registry",
