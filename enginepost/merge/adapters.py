@@ -168,7 +168,7 @@ def keep_mask(t: Tensor, density: float, key: int) -> Tensor:
 
 
 def _best_of_sum(a: list[Tensor], b: list[Tensor], scaled: list[float], rank: int) -> tuple[Tensor, Tensor]:
-    """The best factors of sum s_i B_i A_i: the product of the R's of their QR decompositions is small and has its singular values."""
+    """The best factors of sum s_i B_i A_i: the product of the two R of their QR is small and has its singular values."""
     q_b, r_b = torch.linalg.qr(torch.cat(b, dim=1).double())
     q_a, r_a = torch.linalg.qr(torch.cat([s * x for s, x in zip(scaled, a, strict=True)]).double().T)
     u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
