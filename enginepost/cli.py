@@ -191,6 +191,33 @@ def merge(
 
 
 @app.command(
+    "merge-evolve",
+    epilog=_example(
+        "enginepost merge evolve examples/recipes/merge_evolve.yaml runs/evolve",
+        "enginepost merge evolve search.yaml runs/evolve --budget 200      # goes on where it was",
+    ),
+)
+def merge_evolve(
+    search: Annotated[str, typer.Argument(metavar="SEARCH.YAML", help="Models, methods, ranges, and how to score.")],
+    out: Annotated[str, typer.Argument(help="The directory of the record; that of the same search is resumed.")],
+    budget: Annotated[int | None, typer.Option(min=1, help="Candidates to try, instead of the file's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the search and of random masks, instead of the file's.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Tensors in work at once.")] = None,
+    memory: Annotated[
+        float, typer.Option(min=1, help="Private memory for merging, in MB; the model comes on top.")
+    ] = 512,
+) -> None:
+    """Search for the best merge by CMA-ES: weights, densities, gradients over the layers, method. Also: enginepost merge evolve."""
+    from enginepost.merge import evolve
+
+    def tell(done: int, of: int, fitness: float, best: float) -> None:
+        typer.echo(f"{done}/{of}  fitness {fitness:.5g}  best {best:.5g}")
+
+    report = evolve(search, out, budget=budget, seed=seed, threads=threads, memory=memory * 1e6, progress=tell)
+    typer.echo(report.text())
+
+
+@app.command(
     "merge-adapters",
     epilog=_example(
         "enginepost merge-adapters runs/both runs/code/adapter runs/chat/adapter --weight 0.6 --weight 0.4",
@@ -408,6 +435,8 @@ def preview(
 
 def main() -> None:
     """Entry point: a user error is a message and exit code 1, never a traceback."""
+    if sys.argv[1:3] == ["merge", "evolve"]:  # the one verb of two words whose first is a verb itself
+        sys.argv[1:3] = ["merge-evolve"]
     try:
         app()
     except EnginepostError as error:
