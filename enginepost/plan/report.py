@@ -210,7 +210,9 @@ def settled(recipe: Recipe) -> tuple[Recipe, str]:
     free = tuple(k for k in ("checkpointing", "weights") if k not in recipe.model_fields_set)
     # Without checkpointing a step is a quarter faster, so it is where the search begins.
     start = dataclasses.replace(
-        setup, **{k: v for k, v in (("checkpointing", False), ("weights", "resident")) if k in free}
+        setup,
+        checkpointing=setup.checkpointing and "checkpointing" not in free,
+        weights="resident" if "weights" in free else setup.weights,
     )
     found = _choices(recipe, start, machine, free)
     best = choose.cheapest(found, machine)

@@ -1,8 +1,8 @@
 """A run within its memory: what `memory` in a recipe chooses, how the C library gives memory back, and what is said when it is out.
 
 glibc raises the size from which an allocation gets pages of its own (M_MMAP_THRESHOLD) as large ones are freed, up to 32 MB, and
-keeps in its heap what lies below. Activations are of that size, so a run held 50 to 60 MB more than was alive at its peak, by chance of
-their order. With the threshold at 1 MB resident memory follows what is alive, at no cost in time that could be measured.
+keeps in its heap what lies below. Activations are of that size, so a run held 50 to 60 MB more than was alive at its peak, by chance
+of their order. With the threshold at 1 MB resident memory follows what is alive, at no cost in time that could be measured.
 """
 
 import contextlib
