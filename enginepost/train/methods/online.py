@@ -23,9 +23,9 @@ from enginepost.model import ModelSpec
 from enginepost.model.weights import read_config
 from enginepost.recipe_online import OnlineRecipe
 from enginepost.train import rewards
-from enginepost.train.frozen import Reference, reference_of
 from enginepost.train.methods.method import Method, Work
 from enginepost.train.objectives import advantages as adv
+from enginepost.train.reference import Reference
 from enginepost.train.rollout import Rollout, add_logprobs, describe, gather, packs
 
 FLAT = "frac_reward_zero_std"
@@ -104,7 +104,7 @@ class Online(Method):
     def attach(self, model: Any) -> None:
         self.judges = rewards.load(self.recipe.rewards, self.tokenizer, self.spec.vocab_size, model.dtype)
         if self.needs_reference():
-            self.reference = reference_of(self.recipe, model)
+            self.reference = Reference(self.recipe, model, None)
 
     def needs_reference(self) -> bool:
         return self.recipe.beta > 0
@@ -208,9 +208,9 @@ class Online(Method):
     def add_old(self, model: Any, rollout: Rollout) -> None:
         add_logprobs(rollout, model, self.prompts, self.recipe, "old", self.recipe.temperature)
 
-    def add_reference(self, rollout: Rollout) -> None:
+    def add_reference(self, model: Any, rollout: Rollout) -> None:
         assert self.reference is not None
-        with self.reference() as reference:
+        with self.reference.policy(model) as reference:
             add_logprobs(rollout, reference, self.prompts, self.recipe, "ref", self.recipe.temperature)
 
     # Evaluation and checkpoints
