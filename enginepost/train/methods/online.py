@@ -102,7 +102,10 @@ class Online(Method):
         return prompts, None if recipe.validation is None else read(recipe.validation)
 
     def attach(self, model: Any) -> None:
-        self.judges = rewards.load(self.recipe.rewards, self.tokenizer, self.spec.vocab_size, model.dtype)
+        self.judges = rewards.load(
+            self.recipe.rewards, self.tokenizer, vocab_size=self.spec.vocab_size, dtype=model.dtype,
+            template=self.recipe.template,
+        )  # fmt: skip
         if self.needs_reference():
             self.reference = Reference(self.recipe, model, None)
 
