@@ -62,7 +62,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: pathlib.Pat
     enginepost.train(
         {
             "model": str(out / "random"), "data": str(out / "rows.jsonl"), "output": str(out / "sft"), "dtype": "fp32",
-            "lora": None, "max_length": 128, "batch_size": 4, "gradient_accumulation": 1, "epochs": 40,
+            "lora": None, "max_length": 128, "batch_size": 4, "gradient_accumulation": 1, "epochs": 25,
             "learning_rate": 3e-3, "checkpointing": False, "save_every": 10**6, "log_every": 100,
         }
     )  # fmt: skip
@@ -71,11 +71,11 @@ def taught(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: pathlib.Pat
 
 @pytest.mark.parametrize("method", ["grpo", "ppo"])
 def test_exact_match_rises(taught: pathlib.Path, method: str) -> None:
-    """By ten points and more in the whole, where the demo's bar is ten; for ppo the KL also stays near its target."""
+    """By ten points and more in the whole, where the demo's bar is ten; for ppo the KL also ends in the band."""
     base = taught / "sft" / "model"
     own: dict[str, Any] = {"num_mini_batches": 2, "num_generations": 8, "rollout_prompts": 18, "max_steps": 20}
     if method == "ppo":
-        own |= {"num_iterations": 2, "max_steps": 40, "target_kl": 0.5, "kl_horizon": 500, "value_coef": 0.5}
+        own |= {"num_iterations": 2, "max_steps": 40, "target_kl": 1.0, "kl_horizon": 500, "value_coef": 0.5}
     run = enginepost.train(
         {
             "model": str(base), "data": str(taught / "prompts.jsonl"), "output": str(taught / method), "method": method,
@@ -85,5 +85,7 @@ def test_exact_match_rises(taught: pathlib.Path, method: str) -> None:
     )  # fmt: skip
     before, after = score(base), score(base, f"{run}/adapter")
     logged = [json.loads(line) for line in (pathlib.Path(run) / "metrics.jsonl").read_text().splitlines()]
-    print(method, before, after, [round(m["reward"], 2) for m in logged], [m.get("objective/kl") for m in logged][::5])
-    assert after >= before + 0.1
+    assert after >= before + 0.1 and logged[-1]["reward"] > logged[0]["reward"] + 0.1
+    if method == "ppo":  # four steps share a roll-out; the band is where the controller's error is not clipped
+        late = [m["objective/kl"] for m in logged[-16::4]]
+        assert 0.8 < sum(late) / len(late) < 1.2, late

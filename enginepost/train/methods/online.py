@@ -69,7 +69,10 @@ class Online(Method):
         held = 0 if self.held is None else len(self.held)
         self.size = f"{len(self.prompts)} prompts, {held} for validation, {recipe.num_generations} completions of each"
         self.rollout: Rollout | None = None
-        self.judges: list[rewards.Judge] = []
+        self.judges = rewards.load(
+            recipe.rewards, self.tokenizer, vocab_size=self.spec.vocab_size, template=recipe.template,
+            dtype=torch.bfloat16 if recipe.dtype == "bf16" else torch.float32,
+        )  # fmt: skip
         self.reference: Reference | None = None
 
     def _read(self) -> tuple[Prompts, Prompts | None]:
@@ -102,10 +105,6 @@ class Online(Method):
         return prompts, None if recipe.validation is None else read(recipe.validation)
 
     def attach(self, model: Any) -> None:
-        self.judges = rewards.load(
-            self.recipe.rewards, self.tokenizer, vocab_size=self.spec.vocab_size, dtype=model.dtype,
-            template=self.recipe.template,
-        )  # fmt: skip
         if self.needs_reference():
             self.reference = Reference(self.recipe, model, None)
 
