@@ -199,6 +199,7 @@ extern "C" int64_t ep_attention_backward_gpu_workspace_bytes(int64_t sequences, 
   cuda::BackwardLaunch x;
   x.shape.sequences = int32_t(sequences), x.shape.tokens = int32_t(tokens), x.shape.heads = int32_t(heads);
   x.shape.kv_heads = int32_t(kv_heads > 0 && heads >= kv_heads ? kv_heads : 1), x.shape.head_dim = int32_t(head_dim);
+  x.shape.group = x.shape.heads / x.shape.kv_heads;
   return cuda::carve(x, nullptr);
 }
 

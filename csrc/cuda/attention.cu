@@ -26,7 +26,7 @@ static int problem_of(const AttentionShape &s, const char *fn, Problem &p) {
   p.sequences = int32_t(s.sequences), p.tokens = int32_t(s.tokens), p.heads = int32_t(s.heads), p.kv_heads = int32_t(s.kv_heads);
   p.head_dim = int32_t(s.head_dim), p.window = int32_t(s.window < MOST ? s.window : 0), p.page_size = int32_t(s.page_size);
   p.table_row = s.table_row, p.keys = s.keys;
-  p.softcap = s.softcap, p.scale = s.scale, p.causal = s.causal, p.bf16 = s.dtype == BF16;
+  p.group = int32_t(s.heads / s.kv_heads), p.scale = s.scale, p.score = score_scale(s.scale, s.softcap), p.causal = s.causal, p.bf16 = s.dtype == BF16;
   return EP_OK;
 }
 

@@ -118,12 +118,26 @@ struct Rows {  // (tokens, heads, head_dim) or pages of them; strides in element
   bool vector = false;  // every row begins at a multiple of 16 bytes
 };
 
+// What a product q . k goes through on its way into an exponent of base 2. The running maximum is taken after `before` and the softcap, and
+// before `after`, which is therefore positive.
+struct ScoreScale {
+  enum Kind : int32_t { PLAIN, SCALED, CAPPED } kind = PLAIN;  // x; x before; cap tanh(x before)
+  float before = 1, cap = 0, after = 1;
+};
+inline ScoreScale score_scale(float scale, float softcap) {
+  constexpr float LOG2E = 1.44269504088896341f;
+  if (softcap > 0) return {ScoreScale::CAPPED, scale / softcap, softcap * LOG2E, 1.f};
+  if (scale > 0) return {ScoreScale::PLAIN, 1.f, 0.f, scale * LOG2E};
+  return {ScoreScale::SCALED, scale * LOG2E, 0.f, 1.f};
+}
+
 struct Problem {
   const int32_t *cu_q = nullptr, *cu_k = nullptr, *used_k = nullptr, *block_table = nullptr;  // device memory
-  int32_t sequences = 0, tokens = 0, heads = 0, kv_heads = 0, head_dim = 0;
+  int32_t sequences = 0, tokens = 0, heads = 0, kv_heads = 0, group = 1, head_dim = 0;
   int32_t window = 0, page_size = 0;
   int64_t table_row = 0, keys = 0;  // keys: rows of k; with pages, the most that a row of block_table can hold
-  float softcap = 0, scale = 0;
+  float scale = 0;  // of the products, as the caller gave it
+  ScoreScale score;
   bool causal = false, bf16 = false;
 };
 
@@ -148,11 +162,11 @@ struct BackwardLaunch {
 
 // Few queries with many keys, which is what generation does. A pure function of what the host knows.
 EP_HOST_DEVICE constexpr bool decodes(const Problem &s) {
-  return (s.page_size > 0 || s.cu_k != nullptr) && int64_t(s.tokens) * (s.heads / s.kv_heads) <= int64_t(2 * DECODE_ROWS) * s.sequences;
+  return (s.page_size > 0 || s.cu_k != nullptr) && int64_t(s.tokens) * s.group <= int64_t(2 * DECODE_ROWS) * s.sequences;
 }
 
 // No more tiles than this, whatever the lengths.
-EP_HOST_DEVICE constexpr int64_t row_tiles(const Problem &s, int rows) { return int64_t(s.tokens) * (s.heads / s.kv_heads) / rows + s.sequences; }
+EP_HOST_DEVICE constexpr int64_t row_tiles(const Problem &s, int rows) { return int64_t(s.tokens) * s.group / rows + s.sequences; }
 
 // Where the parts of a workspace are (null: nowhere, to count alone); bytes of the whole.
 inline int64_t carve(ForwardLaunch &x, void *workspace) {

@@ -30,11 +30,11 @@ __device__ __forceinline__ int dq_at(int thread, int e) {
 struct RowSpan {
   int begin, end;
 };
-__device__ __forceinline__ RowSpan seeing(const Problem &s, const Sequence &seq, int group, int j) {
+__device__ __forceinline__ RowSpan seeing(const Problem &s, const Sequence &seq, int j) {
   constexpr int FAR = 0x40000000;
   if (j >= seq.keys) return {FAR, FAR};
   const int token = j - (seq.keys - seq.queries);
-  return {s.causal ? max(token, 0) * group : 0, s.window > 0 ? (token + s.window) * group : FAR};
+  return {s.causal ? max(token, 0) * s.group : 0, s.window > 0 ? (token + s.window) * s.group : FAR};
 }
 
 // A block's warps: where each makes its 16 keys by MW rows of S^T, sums its 16 keys by DW columns of dK and dV, and its 16 rows by QW
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(backward_threads<D, F>) attention_backward_ker
     T *const p_tile = ds_tile + (L::SPLIT > 1 ? N * M : 0);
     float *const lse_tile = reinterpret_cast<float *>(p_tile + N * M), *const delta_tile = lse_tile + 2 * M;
     const Problem &s = a.shape;
-    const int group = s.heads / s.kv_heads, thread = threadIdx.x, lane = thread % 32;
+    const int thread = threadIdx.x, lane = thread % 32;
     const L mine(thread / 32);
 
     if (thread == 0) *reinterpret_cast<int *>(lse_tile) = atomicAdd(a.ticket, 1);
@@ -74,19 +74,19 @@ __global__ void __launch_bounds__(backward_threads<D, F>) attention_backward_ker
     const int k0 = local * N;
     if (k0 >= seq.slot) return;
 
-    const int rows = seq.queries * group;
-    const RowSpan first = seeing(s, seq, group, k0), last = seeing(s, seq, group, min(k0 + N, seq.keys) - 1);
+    const int rows = seq.queries * s.group;
+    const RowSpan first = seeing(s, seq, k0), last = seeing(s, seq, min(k0 + N, seq.keys) - 1);
     const int tile_begin = first.begin / M, tile_end = k0 < seq.keys ? (min(last.end, rows) + M - 1) / M : 0;
-    const int first_tile = (s.cu_q[seq.b] * group / M + seq.b) * s.kv_heads + kv_head;  // of dq_sum and turn
-    const RowSpan whole = seeing(s, seq, group, k0 + N - 1);                            // rows that see the last key of a full tile
+    const int first_tile = (s.cu_q[seq.b] * s.group / M + seq.b) * s.kv_heads + kv_head;  // of dq_sum and turn
+    const RowSpan whole = seeing(s, seq, k0 + N - 1);                            // rows that see the last key of a full tile
 
     auto load_rows_of = [&](int i, bool q, bool dout) {
       const int r0 = i * M, count = rows - r0;
       if (q) {
         load_stack<D, M, THREADS>(q_tile + (i - tile_begin) % 2 * M * D, a.q, s, seq, kv_head, r0, count, thread);
         for (int r = thread; r < M; r += THREADS) {
-          const int of = (r0 + r) / group, at = (i - tile_begin) % 2 * M + r;
-          const int64_t from = int64_t(kv_head * group + r0 + r - of * group) * s.tokens + seq.q0 + of;
+          const int of = (r0 + r) / s.group, at = (i - tile_begin) % 2 * M + r;
+          const int64_t from = int64_t(kv_head * s.group + r0 + r - of * s.group) * s.tokens + seq.q0 + of;
           const float lse = r < count ? a.lse[from] : EP_INFINITY;
           lse_tile[at] = lse == -EP_INFINITY ? EP_INFINITY : lse * LOG2E;  // no key: P is 0 there
           delta_tile[at] = r < count ? a.delta[from] : 0.f;
@@ -97,7 +97,6 @@ __global__ void __launch_bounds__(backward_threads<D, F>) attention_backward_ker
 
     float dk[L::DW / 8][4], dv[L::DW / 8][4];
     clear(dk), clear(dv);
-    const ScoreScale scale = score_scale(s);
     if (tile_begin < tile_end) {
       load_keys<D, N, THREADS>(k_tile, a.k, s, seq, kv_head, k0, seq.keys - k0, thread);
       load_keys<D, N, THREADS>(v_tile, a.v, s, seq, kv_head, k0, seq.keys - k0, thread);
@@ -151,15 +150,15 @@ __global__ void __launch_bounds__(backward_threads<D, F>) attention_backward_ker
       }
 
       // Element e of p[n]: key mine.keys + lane / 4 + e / 2 * 8, row mine.rows + n * 8 + lane % 4 * 2 + e % 2.
-      if (scale.cap > 0 || scale.before != 0) {
+      if (s.score.kind != ScoreScale::PLAIN) {
 #pragma unroll
         for (int n = 0; n < L::MW / 8; n++) {
           const int r = stage * M + mine.rows + n * 8 + lane % 4 * 2;
 #pragma unroll
           for (int e = 0; e < 4; e++) {
-            const float x = p[n][e] * scale.before, t = tanh_of(x);
-            p[n][e] = ptx::exp2((scale.cap > 0 ? scale.cap * t : x) - lse_tile[r + e % 2]);
-            ds[n][e] = p[n][e] * (ds[n][e] - delta_tile[r + e % 2]) * (scale.cap > 0 ? 1.f - t * t : 1.f);
+            const float x = p[n][e] * s.score.before, t = tanh_of(x);
+            p[n][e] = ptx::exp2((s.score.kind == ScoreScale::CAPPED ? s.score.cap * t : x) - lse_tile[r + e % 2]);
+            ds[n][e] = p[n][e] * (ds[n][e] - delta_tile[r + e % 2]) * (s.score.kind == ScoreScale::CAPPED ? 1.f - t * t : 1.f);
           }
         }
       } else {
@@ -169,7 +168,7 @@ __global__ void __launch_bounds__(backward_threads<D, F>) attention_backward_ker
           const float2 lse = *reinterpret_cast<const float2 *>(lse_tile + r), delta = *reinterpret_cast<const float2 *>(delta_tile + r);
 #pragma unroll
           for (int e = 0; e < 4; e++) {
-            p[n][e] = ptx::exp2(p[n][e] * scale.after - (e % 2 == 0 ? lse.x : lse.y));
+            p[n][e] = ptx::exp2(p[n][e] * s.score.after - (e % 2 == 0 ? lse.x : lse.y));
             ds[n][e] = p[n][e] * (ds[n][e] - (e % 2 == 0 ? delta.x : delta.y));
           }
         }
@@ -177,7 +176,7 @@ __global__ void __launch_bounds__(backward_threads<D, F>) attention_backward_ker
       if (i * M < whole.begin || (i + 1) * M > first.end) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          const RowSpan span = seeing(s, seq, group, k0 + mine.keys + lane / 4 + h * 8);
+          const RowSpan span = seeing(s, seq, k0 + mine.keys + lane / 4 + h * 8);
           const int at = i * M + mine.rows + lane % 4 * 2, begin = span.begin - at, end = span.end - at;
 #pragma unroll
           for (int n = 0; n < L::MW / 8; n++) {
@@ -259,7 +258,7 @@ __global__ void __launch_bounds__(backward_threads<D, F>) attention_backward_ker
       if (a.ordered) {
         if (thread == 0) {
           // Key tiles that see this row tile: up to the one that the last row's diagonal passes through.
-          const int last_token = ((i + 1) * M - 1) / group, all = (seq.keys - 1) / N;
+          const int last_token = ((i + 1) * M - 1) / s.group, all = (seq.keys - 1) / N;
           const int highest = s.causal ? min((last_token + seq.keys - seq.queries) / N, all) : all;
           while (ptx::load_acquire(a.turn + tile_number) != highest - local) __nanosleep(64);
         }
@@ -333,12 +332,12 @@ __global__ void __launch_bounds__(backward_threads<D, F>) attention_finish_kerne
   if constexpr (compiles(F)) {
     using L = BackwardLayout<D, F>;
     const Problem &s = a.shape;
-    const int group = s.heads / s.kv_heads, thread = threadIdx.x, lane = thread % 32;
+    const int thread = threadIdx.x, lane = thread % 32;
     const L mine(thread / 32);
     const int kv_head = blockIdx.x % s.kv_heads;
     int local;
-    const Sequence seq = sequence_of(s, find_sequence(s.cu_q, s.sequences, group, L::M, blockIdx.x / s.kv_heads, local));
-    const int rows = seq.queries * group, r0 = local * L::M;
+    const Sequence seq = sequence_of(s, find_sequence(s.cu_q, s.sequences, s.group, L::M, blockIdx.x / s.kv_heads, local));
+    const int rows = seq.queries * s.group, r0 = local * L::M;
     if (r0 >= rows) return;
     const float *const sum = a.dq_sum + int64_t(blockIdx.x) * (L::M * D);
     const StackedRows<T> to = stacked_rows<T>(a.dq, s, seq, kv_head, r0);

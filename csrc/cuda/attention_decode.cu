@@ -17,8 +17,7 @@ struct Stretch {  // of keys, of one split of a tile of rows
 
 // What split number `split` of the rows [r0, r0 + rows) has to read, and how many splits there are.
 __device__ __forceinline__ Stretch stretch_of(const Problem &s, const Sequence &seq, int r0, int rows, int split) {
-  const int group = s.heads / s.kv_heads;
-  const int low = visible(s, seq, r0 / group).begin / DECODE_KEYS * DECODE_KEYS, high = visible(s, seq, (r0 + rows - 1) / group).end;
+  const int low = visible(s, seq, r0 / s.group).begin / DECODE_KEYS * DECODE_KEYS, high = visible(s, seq, (r0 + rows - 1) / s.group).end;
   const int span = max(high - low, 0), step = split_keys(span), begin = low + split * step;
   return {begin, min(begin + step, high), split_count(span)};
 }
@@ -28,14 +27,14 @@ __global__ void __launch_bounds__(decode_threads<D>) attention_decode_kernel(con
   constexpr int WARPS = decode_warps(D), SLICES = D / 16, LINE = D + 8;  // floats from row to row of a part, off the same banks
   static_assert(WARPS * DECODE_ROWS * (LINE + 2) * sizeof(float) <= size_t(decode_shared_memory(D)), "parts lie where keys lay");
   const Problem &s = a.shape;
-  const int group = s.heads / s.kv_heads, thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   T *const q_tile = shared_memory<T>();
   T *const k_tiles = q_tile + (DECODE_ROWS + warp * 4 * DECODE_KEYS) * D, *const v_tiles = k_tiles + 2 * DECODE_KEYS * D;
 
   const int split = blockIdx.x % a.splits, kv_head = blockIdx.x / a.splits % s.kv_heads, number = blockIdx.x / a.splits / s.kv_heads;
   int local;
-  const Sequence seq = sequence_of(s, find_sequence(s.cu_q, s.sequences, group, DECODE_ROWS, number, local));
-  const int r0 = local * DECODE_ROWS, row_count = min(DECODE_ROWS, seq.queries * group - r0);
+  const Sequence seq = sequence_of(s, find_sequence(s.cu_q, s.sequences, s.group, DECODE_ROWS, number, local));
+  const int r0 = local * DECODE_ROWS, row_count = min(DECODE_ROWS, seq.queries * s.group - r0);
   if (row_count <= 0) return;
   const Stretch stretch = stretch_of(s, seq, r0, row_count, split);
   if (split >= stretch.count) return;
@@ -57,10 +56,9 @@ __global__ void __launch_bounds__(decode_threads<D>) attention_decode_kernel(con
 #pragma unroll
   for (int kk = 0; kk < SLICES; kk++) ptx::ldmatrix_x4(q[kk], q_pieces.at(0, kk * 2));
 
-  const ScoreScale scale = score_scale(s);
   Span span[2];
 #pragma unroll
-  for (int h = 0; h < 2; h++) span[h] = visible(s, seq, (r0 + min(lane / 4 + h * 8, row_count - 1)) / group);
+  for (int h = 0; h < 2; h++) span[h] = visible(s, seq, (r0 + min(lane / 4 + h * 8, row_count - 1)) / s.group);
   float out[D / 8][4], row_max[2] = {-EP_INFINITY, -EP_INFINITY}, row_sum[2] = {0.f, 0.f};
   clear(out);
   for (int k0 = first; k0 < stretch.end; k0 += step) {
@@ -79,10 +77,10 @@ __global__ void __launch_bounds__(decode_threads<D>) attention_decode_kernel(con
       ptx::mma_m16n8k16<T>(p[0], q[kk], k[0], k[2]);
       ptx::mma_m16n8k16<T>(p[1], q[kk], k[1], k[3]);
     }
-    transform(p, scale);
+    transform(p, s.score);
 #pragma unroll
     for (int h = 0; h < 2; h++) mask_row(p, h, span[h].begin - k0, min(span[h].end, stretch.end) - k0, lane);
-    softmax_step(p, scale.after, row_max, row_sum, out);
+    softmax_step(p, s.score.after, row_max, row_sum, out);
     uint32_t weights[4];
     as_operand<T>(weights, p, 0);
 #pragma unroll
@@ -115,15 +113,15 @@ __global__ void __launch_bounds__(decode_threads<D>) attention_decode_kernel(con
     float high = -EP_INFINITY, sum = 0.f, weight[WARPS];
 #pragma unroll
     for (int w = 0; w < WARPS; w++) high = fmaxf(high, part_max[w * DECODE_ROWS + row]);
-    const float shift = high == -EP_INFINITY ? 0.f : high * scale.after;
+    const float shift = high == -EP_INFINITY ? 0.f : high * s.score.after;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) {
-      weight[w] = ptx::exp2(part_max[w * DECODE_ROWS + row] * scale.after - shift);
+      weight[w] = ptx::exp2(part_max[w * DECODE_ROWS + row] * s.score.after - shift);
       sum += part_sum[w * DECODE_ROWS + row] * weight[w];
     }
     const bool blind = high == -EP_INFINITY && sum == 0.f;
     const float factor = blind ? 0.f : 1.f / sum, lse = blind ? -EP_INFINITY : shift + ptx::log2(sum);
-    const int of = (r0 + row) / group, head = kv_head * group + r0 + row - of * group;
+    const int of = (r0 + row) / s.group, head = kv_head * s.group + r0 + row - of * s.group;
     const int64_t token = seq.q0 + of, part = (token * s.heads + head) * a.splits + split;
     for (int d = lane * 2; d < s.head_dim; d += 64) {
       float x = 0.f, y = 0.f;
@@ -147,7 +145,7 @@ constexpr int COMBINE_THREADS = 128;
 template <class T, int D>
 __global__ void __launch_bounds__(COMBINE_THREADS) attention_combine_kernel(const ForwardLaunch a) {
   const Problem &s = a.shape;
-  const int group = s.heads / s.kv_heads, lane = threadIdx.x % 32;
+  const int lane = threadIdx.x % 32;
   const int64_t row = int64_t(blockIdx.x) * (COMBINE_THREADS / 32) + threadIdx.x / 32, token = row / s.heads;
   if (token >= s.tokens) return;
   const int head = int(row - token * s.heads);
@@ -161,8 +159,8 @@ __global__ void __launch_bounds__(COMBINE_THREADS) attention_combine_kernel(cons
     b = low;
   }
   const Sequence seq = sequence_of(s, b);
-  const int r0 = (int(token - seq.q0) * group + head % group) / DECODE_ROWS * DECODE_ROWS;
-  const int count = stretch_of(s, seq, r0, min(DECODE_ROWS, seq.queries * group - r0), 0).count;
+  const int r0 = (int(token - seq.q0) * s.group + head % s.group) / DECODE_ROWS * DECODE_ROWS;
+  const int count = stretch_of(s, seq, r0, min(DECODE_ROWS, seq.queries * s.group - r0), 0).count;
   if (count == 1) return;  // the block has written the result
   const float *const lse = a.part_lse + row * a.splits, *const parts = a.part_out + row * a.splits * D;
   float high = -EP_INFINITY, sum = 0.f;

@@ -20,23 +20,22 @@ __global__ void __launch_bounds__(forward_threads<D, F>) attention_forward_kerne
     constexpr int SLICES = D / 16;  // of the depth of S = Q K^T
     T *const q_tile = shared_memory<T>(), *const k_tile = q_tile + M * D, *const v_tile = k_tile + N * D;
     const Problem &s = a.shape;
-    const int group = s.heads / s.kv_heads, thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+    const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
 
     // The last tiles see most: they go first, all heads side by side.
     const int kv_head = blockIdx.x % s.kv_heads, number = gridDim.x / s.kv_heads - 1 - blockIdx.x / s.kv_heads;
     int local;
-    const Sequence seq = sequence_of(s, find_sequence(s.cu_q, s.sequences, group, M, number, local));
-    const int rows = seq.queries * group, r0 = local * M;
+    const Sequence seq = sequence_of(s, find_sequence(s.cu_q, s.sequences, s.group, M, number, local));
+    const int rows = seq.queries * s.group, r0 = local * M;
     if (r0 >= rows) return;
     const int row_count = min(M, rows - r0);
-    const Span first = visible(s, seq, r0 / group), last = visible(s, seq, (r0 + row_count - 1) / group);
+    const Span first = visible(s, seq, r0 / s.group), last = visible(s, seq, (r0 + row_count - 1) / s.group);
     const int tile_begin = first.begin / N, tile_end = last.end > first.begin ? (last.end + N - 1) / N : tile_begin;
 
     const int warp_row = warp * WARP_ROWS;
-    const Span warp_last = visible(s, seq, (r0 + warp_row + WARP_ROWS - 1) / group);
-    const int warp_begin = visible(s, seq, (r0 + warp_row) / group).begin, warp_end = warp_last.end;
+    const Span warp_last = visible(s, seq, (r0 + warp_row + WARP_ROWS - 1) / s.group);
+    const int warp_begin = visible(s, seq, (r0 + warp_row) / s.group).begin, warp_end = warp_last.end;
     const Pieces<D> q_pieces(q_tile + warp_row * D, lane), k_pieces(k_tile, lane), v_pieces(v_tile, lane);
-    const ScoreScale scale = score_scale(s);
 
     float out[MT][D / 8][4], row_max[MT][2], row_sum[MT][2];
 #pragma unroll
@@ -108,19 +107,19 @@ __global__ void __launch_bounds__(forward_threads<D, F>) attention_forward_kerne
       if (!sees) continue;
 
 #pragma unroll
-      for (int mt = 0; mt < MT; mt++) transform(p[mt], scale);
+      for (int mt = 0; mt < MT; mt++) transform(p[mt], s.score);
       if (k0 < last.begin || k0 + N > first.end) {
 #pragma unroll
         for (int mt = 0; mt < MT; mt++) {
 #pragma unroll
           for (int h = 0; h < 2; h++) {
-            const Span span = visible(s, seq, (r0 + warp_row + mt * 16 + h * 8 + lane / 4) / group);
+            const Span span = visible(s, seq, (r0 + warp_row + mt * 16 + h * 8 + lane / 4) / s.group);
             mask_row(p[mt], h, span.begin - k0, span.end - k0, lane);
           }
         }
       }
 #pragma unroll
-      for (int mt = 0; mt < MT; mt++) softmax_step(p[mt], scale.after, row_max[mt], row_sum[mt], out[mt]);
+      for (int mt = 0; mt < MT; mt++) softmax_step(p[mt], s.score.after, row_max[mt], row_sum[mt], out[mt]);
 #pragma unroll
       for (int kk = 0; kk < N / 16; kk++) {
         uint32_t weights[MT][4];
@@ -155,9 +154,9 @@ __global__ void __launch_bounds__(forward_threads<D, F>) attention_forward_kerne
           store_pair(to, d * 8 + lane % 4 * 2, s.head_dim, a.out.vector, out[mt][d][2 * h] * factor, out[mt][d][2 * h + 1] * factor);
         }
         if (lane % 4 == 0) {
-          const int of = (r0 + row) / group;
-          a.lse[int64_t(kv_head * group + r0 + row - of * group) * s.tokens + seq.q0 + of] =
-              blind ? -EP_INFINITY : row_max[mt][h] * scale.after * LN2 + logf(sum);
+          const int of = (r0 + row) / s.group;
+          a.lse[int64_t(kv_head * s.group + r0 + row - of * s.group) * s.tokens + seq.q0 + of] =
+              blind ? -EP_INFINITY : row_max[mt][h] * s.score.after * LN2 + logf(sum);
         }
       }
     }

@@ -86,8 +86,7 @@ struct StackedRows {  // rows from r0 on of the stack of query heads that share 
 template <class T>
 __device__ __forceinline__ StackedRows<T> stacked_rows(const Rows &x, const Problem &s, const Sequence &seq, int kv_head,
                                                        int r0) {
-  const int group = s.heads / s.kv_heads;
-  return {static_cast<T *>(x.data) + seq.q0 * x.token + kv_head * group * x.head, x.token, x.head, group, r0};
+  return {static_cast<T *>(x.data) + seq.q0 * x.token + kv_head * s.group * x.head, x.token, x.head, s.group, r0};
 }
 
 template <class T>
@@ -227,26 +226,15 @@ struct Pieces {
 // 1 - 2 / (1 + e^2x): the error is absolute, 1e-7, and the exponential saturates at both ends.
 __device__ __forceinline__ float tanh_of(float x) { return 1.f - 2.f * ptx::reciprocal(1.f + ptx::exp2(x * (2 * LOG2E))); }
 
-// What a raw product is multiplied by on its way into the exponent, and what it goes through before. The maximum is taken of what has gone
-// through; that needs a positive multiplier, so a scale that is not goes in before.
-struct ScoreScale {
-  float before, cap, after;  // before 0 = nothing; cap 0 = none
-};
-__device__ __forceinline__ ScoreScale score_scale(const Problem &s) {
-  if (s.softcap > 0) return {s.scale / s.softcap, s.softcap * LOG2E, 1.f};
-  if (s.scale > 0) return {0.f, 0.f, s.scale * LOG2E};
-  return {s.scale * LOG2E, 0.f, 1.f};
-}
-
 template <int COLUMNS>
 __device__ __forceinline__ void transform(float (&p)[COLUMNS][4], const ScoreScale &scale) {
-  if (scale.cap > 0) {
+  if (scale.kind == ScoreScale::CAPPED) {
 #pragma unroll
     for (int n = 0; n < COLUMNS; n++) {
 #pragma unroll
       for (int e = 0; e < 4; e++) p[n][e] = scale.cap * tanh_of(p[n][e] * scale.before);
     }
-  } else if (scale.before != 0) {
+  } else if (scale.kind == ScoreScale::SCALED) {
 #pragma unroll
     for (int n = 0; n < COLUMNS; n++) {
 #pragma unroll
