@@ -6,6 +6,9 @@ of a trained head twice (8 T K V). The roof is torch's faster product of the two
 
 The peer is given its best: on a CPU where torch's bfloat16 product is slower than widening both operands and multiplying float32
 (AVX2: 5 to 50 times slower), that is what it does, and its name says so.
+
+linear_kl (forward KL from a teacher of the same width, both heads frozen) stands beside kl_div on two log_softmaxes; 6 T K V FLOP
+are counted, the student's product, its gradient and the teacher's product.
 """
 
 import threading
@@ -15,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bench import Options, Row, compare, roof, timing
+from enginepost.kernels.linear_kl import linear_kl
 from enginepost.kernels.linear_logprob import linear_logprob
 
 # (tokens, width, vocabulary, dtype, trained head): SmolLM2-135M's head, then Qwen2.5-0.5B's.
@@ -71,6 +75,43 @@ def in_new_thread(call: Callable[[], None]) -> None:
     thread.join()
 
 
+def kl_by_log_softmax(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
+    student = torch.log_softmax(logits(hidden, weight), dim=-1)
+    wanted = torch.log_softmax(logits(teacher, teacher_weight), dim=-1)
+    return torch.nn.functional.kl_div(student, wanted, reduction="none", log_target=True).sum(-1)
+
+
+def kl_by_ours(hidden: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor) -> Tensor:
+    return linear_kl(hidden, weight, teacher_hidden=teacher, teacher_head=teacher_weight)
+
+
+def kl_rows(options: Options, best: float) -> Iterator[Row]:
+    tokens, width, vocab, dtype, _ = CASES[0]
+    torch.manual_seed(0)
+    hidden, teacher = (torch.randn(tokens, width).to(dtype) for _ in range(2))
+    weight, teacher_weight = ((torch.randn(vocab, width) / width**0.5).to(dtype) for _ in range(2))
+    hidden.requires_grad_()
+
+    def step(kl: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Callable[[], None]:
+        def call() -> None:
+            hidden.grad = None
+            kl(hidden, weight, teacher, teacher_weight).mean().backward()
+
+        return call
+
+    multiplied = "float32" if roof.widening_wins() else "bfloat16"
+    calls = {"ours": step(kl_by_ours), f"torch {multiplied} matmul+log_softmax+kl_div": step(kl_by_log_softmax)}
+    case = f"KL {str(dtype)[6:]} T={tokens} K={width} V={vocab} frozen"
+    yield compare(case, calls, work=6 * tokens * width * vocab, unit="GFLOP/s", options=options, roof=best)
+    yield memory(case, calls)
+
+
+def memory(case: str, calls: dict[str, Callable[[], None]]) -> Row:
+    used = {label: timing.peak_memory(lambda call=call: in_new_thread(call)) for label, call in calls.items()}
+    mine, (peer_name, theirs) = used["ours"], list(used.items())[1]
+    return Row(case, "added memory", "MB", mine / 1e6, peer_name, theirs / 1e6)
+
+
 def run(options: Options) -> Iterator[Row]:
     best = max(roof.gemm(torch.float32), roof.gemm(torch.bfloat16))
     for tokens, width, vocab, dtype, trained in CASES:
@@ -88,7 +129,6 @@ def run(options: Options) -> Iterator[Row]:
             }
             work = (6 if trained else 4) * tokens * width * vocab
             yield compare(case, calls, work=work, unit="GFLOP/s", options=options, roof=best)
-            used = {label: timing.peak_memory(lambda call=call: in_new_thread(call)) for label, call in calls.items()}
+            yield memory(case, calls)
             hidden.grad = weight.grad = None
-            mine, (peer_name, theirs) = used["ours"], list(used.items())[1]
-            yield Row(case, "added memory", "MB", mine / 1e6, peer_name, theirs / 1e6)
+    yield from kl_rows(options, best)

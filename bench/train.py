@@ -3,6 +3,8 @@
 Every run is a process of its own and reads the same files: a random bf16 checkpoint in Hugging Face form, a word-level tokenizer
 (so that the length of a row is exact: one token a word) and a jsonl of texts with lognormal lengths. The runs take turns:
 ours, TRL, ours, TRL, then the lean loop (`bench/train_lean.py`: what a good engineer writes by hand in torch).
+The roof is what the matrix products alone allow: 4 FLOP a token and frozen weight (forward, and the gradient of the input), at the
+speed of torch's faster product on this machine.
 Speed counts the tokens of the rows, never padding, from the end of the first optimizer step to the end of the last. Memory is
 VmHWM of the training process, everything included (interpreter, libraries, mapped weights).
 
@@ -262,6 +264,7 @@ def rows_of(results: dict[str, list[Result]]) -> Iterator[Row]:
     speed = {name: statistics.median(values) for name, values in speeds.items()}
     memory = {name: statistics.median(r.peak_bytes for r in runs) / 1e9 for name, runs in results.items() if runs}
     spread = 100 * (max(speeds["ours"]) - min(speeds["ours"])) / speed["ours"]
+    roof_percent = 100 * speed["ours"] * 4 * linear_parameters() / max(map(roof.gemm, (torch.float32, torch.bfloat16)))
     present = [name for name in labels if name in speed]
     for name in present or [None]:
         peer = labels[name] if name else None
@@ -274,8 +277,16 @@ def rows_of(results: dict[str, list[Result]]) -> Iterator[Row]:
             speed[name] if name else None,
             better="higher",
             spread_percent=spread,
+            roof_percent=roof_percent,
         )
         yield Row(case, "peak memory", "GB", memory["ours"], peer, memory[name] if name else None)
+
+
+def linear_parameters() -> int:
+    """Weights that every token is multiplied by: the linear layers and the head."""
+    hidden, inner, head = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["head_dim"]
+    heads = 2 * (SHAPE["num_attention_heads"] + SHAPE["num_key_value_heads"])  # q and o, k and v
+    return SHAPE["num_hidden_layers"] * hidden * (heads * head + 3 * inner) + SHAPE["vocab_size"] * hidden
 
 
 def ladder(only: list[str]) -> None:

@@ -1,6 +1,12 @@
 """LLM post-training on one's own machine: `load`, `train`, `render`. Importing this imports neither torch nor the extension."""
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# torch's OpenMP threads wait for each other by spinning, for milliseconds: where anything else wants a core, they take it from the
+# very thread that they wait for (a step of a small model then takes ten times as long). Read when torch is loaded.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
     from enginepost.data import render as render

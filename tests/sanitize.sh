@@ -15,7 +15,9 @@ $cmake --build $out
 rm -rf $out/site
 $cmake --install $out --prefix $out/site/enginepost --component python > $out.log
 $cmake --install $out --prefix $out/site/enginepost --component enginepost > $out.log
-ln -s "$PWD"/enginepost/*.py "$PWD"/enginepost/*/ $out/site/enginepost/
+for part in enginepost/*.py enginepost/*/; do
+  [ -e "$out/site/$part" ] || ln -s "$PWD/${part%/}" $out/site/enginepost/
+done
 
 # libstdc++ too, or the sanitizer does not find __cxa_throw in a Python that is not linked with it. -S: the installed package's
 # import hook would put the ordinary extension first.

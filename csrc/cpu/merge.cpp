@@ -507,6 +507,7 @@ int64_t pieces(Piece *out, const DLTensor *const *x, int count, const char *fn) 
     fail(EP_INVALID_ARGUMENT, "%s: %d inputs; 1 to %d are taken", fn, count, int(EP_MERGE_MAX_INPUTS));
     return -1;
   }
+  if (x == nullptr) return fail(EP_INVALID_ARGUMENT, "%s: x is missing", fn), -1;
   int64_t size = -1;
   for (int i = 0; i < count; i++) {
     if (!piece(out[i], x[i], fn, "x", size)) return -1;
@@ -521,6 +522,12 @@ bool mask_of(const int32_t *&out, const ep_merge_select &s, int64_t size, const 
     fail(EP_INVALID_ARGUMENT, "%s: there is no selection of kind %d", fn, s.kind);
     return false;
   }
+  constexpr int64_t MOST = int64_t(1) << 62;  // counting on from there cannot overflow
+  if (s.low < 0 || s.high < 0 || s.seen_low < 0 || s.seen_low > MOST || s.seen_high < 0 || s.seen_high > MOST) {
+    fail(EP_INVALID_ARGUMENT, "%s: a selection has low %d, high %d, seen_low %lld, seen_high %lld; none may be negative", fn, s.low,
+         s.high, (long long)s.seen_low, (long long)s.seen_high);
+    return false;
+  }
   if (s.kind != EP_SELECT_BITS) return true;
   Tensor v;
   if (!view(v, s.mask, fn, "mask", 1, I32)) return false;
@@ -531,6 +538,12 @@ bool mask_of(const int32_t *&out, const ep_merge_select &s, int64_t size, const 
   out = reinterpret_cast<const int32_t *>(v.data);
   return true;
 }
+// The index of the first element of a piece, which is counted on from.
+bool start_of(int64_t start, const char *fn) {
+  if (start >= 0 && start < int64_t(1) << 62) return true;
+  fail(EP_INVALID_ARGUMENT, "%s: start is %lld; 0 to 2^62 is taken", fn, (long long)start);
+  return false;
+}
 }  // namespace
 
 extern "C" int ep_merge_weighted_sum(const DLTensor *const *x, const double *weights, int count, const DLTensor *out) {
@@ -540,6 +553,7 @@ extern "C" int ep_merge_weighted_sum(const DLTensor *const *x, const double *wei
   if (a.size < 0) return EP_INVALID_ARGUMENT;
   Piece o;
   if (!piece(o, out, fn, "out", a.size)) return EP_INVALID_ARGUMENT;
+  EP_REQUIRE(weights != nullptr, "%s: weights is missing", fn);
   a.count = count;
   a.out = const_cast<char *>(o.data);
   a.out_bf16 = o.bf16;
@@ -554,6 +568,7 @@ extern "C" int ep_merge_gram(const DLTensor *const *x, int count, const DLTensor
   a.size = pieces(a.x, x, count, fn);
   if (a.size < 0) return EP_INVALID_ARGUMENT;
   if (base != nullptr && !piece(a.base, base, fn, "base", a.size)) return EP_INVALID_ARGUMENT;
+  EP_REQUIRE(total != nullptr, "%s: total is missing", fn);
   a.count = count;
   a.total = total;
   EP_RUN(merge_gram, a);
@@ -567,6 +582,7 @@ extern "C" int ep_merge_magnitude_counts(const DLTensor *x, const DLTensor *base
   if (a.size < 0) return EP_INVALID_ARGUMENT;
   if (base != nullptr && !piece(a.base, base, fn, "base", a.size)) return EP_INVALID_ARGUMENT;
   EP_REQUIRE(prefix >= -1 && prefix < 65536, "%s: prefix is %d; -1 to 65535 are taken", fn, prefix);
+  EP_REQUIRE(counts != nullptr, "%s: counts is missing", fn);
   a.prefix = prefix;
   a.counts = counts;
   EP_RUN(merge_counts, a);
@@ -577,9 +593,12 @@ extern "C" int ep_merge_masked_sums(const DLTensor *x, const DLTensor *base, ep_
                                     double *total) {
   const char *fn = "merge_masked_sums";
   MergeMaskedSums a{};
+  EP_REQUIRE(select != nullptr && total != nullptr, "%s: %s is missing", fn, select == nullptr ? "select" : "total");
   a.size = pieces(&a.x, &x, 1, fn);
-  if (a.size < 0 || !piece(a.base, base, fn, "base", a.size) || !mask_of(a.mask, *select, a.size, fn)) return EP_INVALID_ARGUMENT;
-  EP_REQUIRE(block >= 1 && start >= 0, "%s: block %lld and start %lld", fn, (long long)block, (long long)start);
+  if (a.size < 0 || !piece(a.base, base, fn, "base", a.size) || !mask_of(a.mask, *select, a.size, fn) || !start_of(start, fn)) {
+    return EP_INVALID_ARGUMENT;
+  }
+  EP_REQUIRE(block >= 1, "%s: block is %lld; at least one element is wanted", fn, (long long)block);
   a.start = start;
   a.block = block;
   a.select = select;
@@ -606,7 +625,9 @@ extern "C" int ep_merge_rank_mask(const DLTensor *x, const DLTensor *base, const
                (long long)limit);
   }
   EP_REQUIRE(mv.size == (a.size + 31) / 32, "%s: mask has %lld words for %lld elements", fn, (long long)mv.size, (long long)a.size);
-  EP_REQUIRE(workspace != nullptr, "%s: workspace is missing", fn);
+  EP_REQUIRE(workspace != nullptr && reinterpret_cast<uintptr_t>(workspace) % 4 == 0, "%s: workspace is %s", fn,
+             workspace == nullptr ? "missing" : "not aligned to 4 bytes");
+  if (!start_of(start, fn)) return EP_INVALID_ARGUMENT;
   a.columns = lv.size;
   a.limits = reinterpret_cast<const int64_t *>(lv.data);
   a.key = key;
@@ -624,6 +645,8 @@ extern "C" int ep_merge_task_sum(const DLTensor *base, const DLTensor *const *x,
   a.size = pieces(a.x, x, count, fn);
   Piece o;
   if (a.size < 0 || !piece(a.base, base, fn, "base", a.size) || !piece(o, out, fn, "out", a.size)) return EP_INVALID_ARGUMENT;
+  EP_REQUIRE(selects != nullptr && signs != nullptr, "%s: %s is missing", fn, selects == nullptr ? "selects" : "signs");
+  if (!start_of(params.start, fn)) return EP_INVALID_ARGUMENT;
   double weights = 0;
   for (int i = 0; i < count; i++) {
     if (!mask_of(a.mask[i], selects[i], a.size, fn)) return EP_INVALID_ARGUMENT;
@@ -641,9 +664,11 @@ extern "C" int ep_merge_task_sum(const DLTensor *base, const DLTensor *const *x,
 }
 
 extern "C" int ep_merge_nonfinite(const DLTensor *x, int64_t *count) {
+  const char *fn = "merge_nonfinite";
   MergeNonfinite a{};
-  a.size = pieces(&a.x, &x, 1, "merge_nonfinite");
+  a.size = pieces(&a.x, &x, 1, fn);
   if (a.size < 0) return EP_INVALID_ARGUMENT;
+  EP_REQUIRE(count != nullptr, "%s: count is missing", fn);
   a.count = count;
   EP_RUN(merge_nonfinite, a);
   return EP_OK;
@@ -652,6 +677,7 @@ extern "C" int ep_merge_nonfinite(const DLTensor *x, int64_t *count) {
 extern "C" int ep_merge_random(uint64_t key, int64_t start, const DLTensor *out) {
   const char *fn = "merge_random";
   EP_VIEW(ov, out, 1, I32);
+  if (!start_of(start, fn)) return EP_INVALID_ARGUMENT;
   MergeRandom a{key, start, ov.size, reinterpret_cast<int32_t *>(ov.data)};
   EP_RUN(merge_random, a);
   return EP_OK;

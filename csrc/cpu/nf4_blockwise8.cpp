@@ -170,6 +170,19 @@ static DynamicCode *build(const float *value) {
     c->first[cell] = uint8_t(positive);
     c->first[CELLS + cell] = uint8_t(negative);
   }
+  while (value[c->zero] != 0.f) c->zero++;
+  c->shift[0] = 0.5f;
+  for (int kind = 1, code = c->zero + 1; kind < 8; kind++) {
+    const int count = (c->zero == 0 ? 2 : 1) << (kind - 1);  // 1, 2, 4 ... values of either sign; twice that without
+    const float step = count == 1 ? INFINITY : (value[code + count - 1] - value[code]) / float(count - 1);
+    std::memcpy(&c->begins[kind - 1], &c->midpoint[code - 1], 4);
+    c->inverse[kind] = 1 / step;
+    c->shift[kind] = 0.5f - value[code] / step;
+    c->base[kind] = code - c->zero;
+    c->last[kind] = count - 1;
+    code += count;
+  }
+  std::memcpy(&c->begins[7], &c->midpoint[254], 4);
   return c;
 }
 

@@ -133,6 +133,10 @@ __device__ __forceinline__ void mma_m16n8k16<fp16>(float (&d)[4], const uint32_t
 __device__ __forceinline__ void cp_async_16(uint32_t to, const void *from, bool valid) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
+// The first `bytes` (0 to 16) of 16, then zeros; what is not copied is not read.
+__device__ __forceinline__ void cp_async_16_first(uint32_t to, const void *from, int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
 __device__ __forceinline__ void cp_async_4(uint32_t to, const void *from, bool valid) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
 }

@@ -142,6 +142,7 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
 // ---- copies -----------------------------------------------------------------------------------------------------------------
 
 inline void cp_async_16(uint32_t to, const void *from, bool valid) { emulator::cp_async(to, from, 16, valid ? 16 : 0); }
+inline void cp_async_16_first(uint32_t to, const void *from, int bytes) { emulator::cp_async(to, from, 16, size_t(bytes)); }
 inline void cp_async_4(uint32_t to, const void *from, bool valid) { emulator::cp_async(to, from, 4, valid ? 4 : 0); }
 inline void cp_async_commit() { emulator::cp_async_commit(); }
 template <int LEFT>

@@ -10,6 +10,7 @@ Needs numpy alone. The library is that of the installed package, or ENGINEPOST_F
 
 import argparse
 import ctypes
+import functools
 import itertools
 import os
 import pathlib
@@ -53,6 +54,15 @@ def declarations():
         functions[name] = (kind.strip(), [(a.rsplit(" ", 1)[0] if "*" not in a else a[: a.rindex("*") + 1],
                                            re.search(r"\w+$", a).group()) for a in split])  # fmt: skip
     return functions, structs
+
+
+class Buffer:
+    """A plain pointer to `count` numbers, which the function takes for granted but for null."""
+
+    def __init__(self, kind, count):
+        self.array = (kind * count)()
+        for i in range(min(count, 16)):
+            self.array[i] = i + 1
 
 
 class Array:
@@ -117,10 +127,13 @@ def allocate(arrays):
                 return False
             array.buffer = (ctypes.c_char * nbytes)()  # beyond a few hundred bytes ctypes asks malloc
             ctypes.memmove(array.buffer, array.fill(nbytes), nbytes)
-            array.base = 0
     for array in arrays:
         if array.share is not None:
-            array.buffer, array.base = array.share.buffer, 0
+            array.buffer = array.share.buffer
+        # with a negative stride the first element is the last in memory
+        strides = array.strides or array.packed()
+        back = sum((n - 1) * -s for n, s in zip(array.shape, strides, strict=True) if s < 0 < n)
+        array.base = back * (DTYPES[array.dtype][1] // 8)
     return True
 
 
@@ -240,6 +253,150 @@ def adamw(rng):
     return t, {"params": params}, None
 
 
+def adamw8(rng):
+    size = int(rng.integers(1, 900))
+    t = {n: Array(rng, float_dtype(rng), [size]) for n in ("param", "grad")}
+    t |= {n: Array(rng, "u8", [size], rng.integers(0, 256, size)) for n in ("exp_avg", "exp_avg_sq")}
+    t |= {n: Array(rng, "f32", [(size + 255) // 256]) for n in ("exp_avg_scale", "exp_avg_sq_scale")}
+    t["master"] = Array(rng, "f32", [size])
+    return t, adamw(rng)[1], None
+
+
+def paged_attention(rng):
+    sequences, kv, group = sizes(rng, 3, 4)
+    page, pages, dim, dtype = *sizes(rng, 2, 8), int(rng.choice([1, 7, 16, 64, 256])), float_dtype(rng)
+    most = int(rng.integers(1, 4))
+    used = [int(x) for x in rng.integers(0, most * page + 1, sequences)]
+    tokens = int(rng.integers(sequences, 20))
+    t = {
+        "q": Array(rng, dtype, [tokens, kv * group, dim]), "out": Array(rng, dtype, [tokens, kv * group, dim]),
+        "k_cache": Array(rng, dtype, [pages, page, kv, dim]), "v_cache": Array(rng, dtype, [pages, page, kv, dim]),
+        "cu_seqlens": Array(rng, "i32", [sequences + 1], cuts(rng, tokens, sequences)),
+        "block_table": Array(rng, "i32", [sequences, most], [int(x) for x in rng.integers(0, pages, sequences * most)]),
+        "seqused_k": Array(rng, "i32", [sequences], used), "lse": Array(rng, "f32", [kv * group, tokens]),
+    }  # fmt: skip
+    params = {"causal": int(rng.integers(2)), "window": int(rng.choice([0, 3])), "softcap": 0.0, "scale": 0.3}
+
+    def workspace(t):
+        n, q = t["seqused_k"].shape, t["q"].shape
+        return [n[0], q[2]] if len(n) == 1 and len(q) == 3 else None
+
+    return t, {"params": params}, workspace
+
+
+def nf4_weight(rng, size):
+    """(tensors, struct) of a quantised weight."""
+    blocksize = int(rng.choice([32, 64, 4096]))
+    blocks = (size + blocksize - 1) // blocksize
+    nested = int(rng.integers(2))
+    t = {
+        "packed": Array(rng, "u8", [(size + 1) // 2], rng.integers(0, 256, size)),
+        "absmax": Array(rng, "u8" if nested else "f32", [blocks], rng.integers(0, 256, blocks) if nested else None),
+    }
+    if nested:
+        t |= {"nested_absmax": Array(rng, "f32", [(blocks + 255) // 256]), "nested_code": Array(rng, "f32", [256])}
+    tensors = dict.fromkeys(["packed", "absmax", "nested_absmax", "nested_code"])
+    return t, tensors | {"offset": 0.1, "blocksize": blocksize, "type": int(rng.integers(2))}
+
+
+def nf4(rng, what):
+    size = int(rng.integers(1, 9000))
+    if what == "dequantize":
+        t, w = nf4_weight(rng, size)
+        return t | {"out": Array(rng, float_dtype(rng), [size])}, {"w": w}, None
+    blocksize = int(rng.choice([32, 64, 4096]))
+    t = {
+        "x": Array(rng, float_dtype(rng), [size]), "packed": Array(rng, "u8", [(size + 1) // 2], [0]),
+        "absmax": Array(rng, "f32", [(size + blocksize - 1) // blocksize]),
+    }  # fmt: skip
+    return t, {"blocksize": blocksize, "type": int(rng.integers(2))}, None
+
+
+def nf4_matmul(rng):
+    m, k2 = sizes(rng, 2, 40)
+    n, k = (int(x) for x in rng.choice([1, 3, 32, 64, 96, 128, 129], 2))
+    transposed = int(rng.integers(2))
+    t, weight = nf4_weight(rng, n * k)
+    inner, columns = (n, k) if transposed else (k, n)
+    t |= {name: Array(rng, float_dtype(rng), shape) for name, shape in
+          {"a": [m, inner], "a2": [m, k2], "b2": [k2, columns], "c": [m, columns]}.items()}  # fmt: skip
+
+    def workspace(t):
+        a2, c = t["a2"].shape, t["c"].shape
+        return [c[0], n, k, transposed, a2[1]] if len(a2) == 2 and len(c) == 2 else None
+
+    scalars = {"weight": weight, "n": n, "k": k, "transposed": transposed, "accumulate": int(rng.integers(2))}
+    return t, scalars, workspace
+
+
+def blockwise8(rng, quantize):
+    size, blocksize = int(rng.integers(1, 9000)), int(rng.choice([32, 256, 4096]))
+    t = {
+        "x" if quantize else "out": Array(rng, float_dtype(rng), [size]),
+        "q": Array(rng, "u8", [size], rng.integers(0, 256, size)),
+        "absmax": Array(rng, "f32", [(size + blocksize - 1) // blocksize]),
+    }
+    if quantize:
+        return t, {"blocksize": blocksize, "is_signed": int(rng.integers(2))}, None
+    return t | {"code": Array(rng, "f32", [256])}, {"blocksize": blocksize, "offset": 0.5}, None
+
+
+def select_of(rng, size, tensors, index):
+    """A selection; that of kind BITS has its mask among the tensors."""
+    kind, name = int(rng.integers(5)), f"mask{index}"
+    if kind == 4:
+        tensors[name] = Array(rng, "i32", [(size + 31) // 32], rng.integers(-(2**31), 2**31, size))
+    low, high = sorted(int(x) for x in rng.integers(0, 2**31, 2))
+    return {
+        "kind": kind, "low": low, "high": high, "low_skip": 2, "high_keep": 3, "seen_low": 0, "seen_high": 1,
+        "key": 12345, "limit": 2**31, "scale": 0.5, "weight": 1.5, "mask": name if kind == 4 else None,
+    }  # fmt: skip
+
+
+def merge(rng, name):
+    size, count = int(rng.integers(1, 700)), int(rng.integers(1, 5))
+    t = {f"x{i}": Array(rng, float_dtype(rng), [size]) for i in range(count)}
+    base = {"base": Array(rng, float_dtype(rng), [size])}
+    out = {"out": Array(rng, float_dtype(rng), [size])}
+    if name == "weighted_sum":
+        return t | out, {"weights": Buffer(ctypes.c_double, count), "count": count}, None
+    if name == "gram":
+        return t | base, {"count": count, "total": Buffer(ctypes.c_double, count * count)}, None
+    if name == "task_sum":
+        t |= base | out
+        selects = [select_of(rng, size, t, i) for i in range(count)]
+        params = {"elect": int(rng.integers(2)), "normalize": 1, "zero_sign": 1, "scale": 0.5, "start": 64}
+        signs = Buffer(ctypes.c_int64, 1)
+        return t, {"selects": selects, "count": count, "params": params, "signs": signs}, None
+    if name == "random":
+        return {"out": Array(rng, "i32", [size], [0])}, {"key": 7, "start": 65500}, None
+    one = {"x": t["x0"]}
+    if name == "nonfinite":
+        return one, {"count": Buffer(ctypes.c_int64, 1)}, None
+    if name == "magnitude_counts":
+        prefix = int(rng.choice([-1, 0x3F80]))
+        return (
+            one | base,
+            {"prefix": prefix, "counts": Buffer(ctypes.c_int64, 2 * (65536 if prefix < 0 else 32768))},
+            None,
+        )
+    if name == "masked_sums":
+        t = one | base
+        scalars = {
+            "select": [select_of(rng, size, t, 0)],
+            "start": 64,
+            "block": 128,
+            "total": Buffer(ctypes.c_double, 2),
+        }
+        return t, scalars, None
+    columns = int(rng.choice([n for n in range(1, size + 1) if size % n == 0]))
+    t = one | base | {
+        "limits": Array(rng, "i64", [columns], rng.integers(0, 2**32, columns)),
+        "mask": Array(rng, "i32", [(size + 31) // 32], [0]),
+    }  # fmt: skip
+    return t, {"key": 7, "start": 0}, lambda t: t["limits"].shape if len(t["limits"].shape) == 1 else None
+
+
 CALLS = {
     "ep_attention_forward": lambda rng: attention(rng, False),
     "ep_attention_backward": lambda rng: attention(rng, True),
@@ -253,26 +410,43 @@ CALLS = {
     "ep_glu_forward": lambda rng: glu(rng, False),
     "ep_glu_backward": lambda rng: glu(rng, True),
     "ep_adamw_step": adamw,
-    "ep_sum_squares": lambda rng: ({"x": Array(rng, float_dtype(rng), [int(rng.integers(1, 300))])}, {}, None),
+    "ep_sum_squares": lambda rng: (
+        {"x": Array(rng, float_dtype(rng), [int(rng.integers(1, 300))])},
+        {"result": Buffer(ctypes.c_double, 1)},
+        None,
+    ),
+    "ep_adamw8_step": adamw8,
+    "ep_paged_attention": paged_attention,
+    "ep_nf4_quantize": lambda rng: nf4(rng, "quantize"),
+    "ep_nf4_dequantize": lambda rng: nf4(rng, "dequantize"),
+    "ep_nf4_matmul": nf4_matmul,
+    "ep_blockwise8_quantize": lambda rng: blockwise8(rng, True),
+    "ep_blockwise8_dequantize": lambda rng: blockwise8(rng, False),
+} | {
+    f"ep_merge_{name}": functools.partial(merge, name=name)
+    for name in (
+        "weighted_sum",
+        "gram",
+        "magnitude_counts",
+        "masked_sums",
+        "rank_mask",
+        "task_sum",
+        "nonfinite",
+        "random",
+    )
 }
 NO_TENSORS = {
     "ep_last_error",
     "ep_cpu_isa",
     "ep_cpu_isas",
+    "ep_has_cuda",
     "ep_set_cpu_isa",
     "ep_set_num_threads",
     "ep_num_threads",
     "ep_use_openmp",
+    "ep_dynamic_code",
 }
-LATER = (
-    "ep_merge_",
-    "ep_nf4_",
-    "ep_dynamic_",
-    "ep_blockwise8_",
-    "ep_adamw8_",
-    "ep_paged_",
-    "ep_linear_kl",
-)  # not fuzzed yet
+WORKSPACE_OF = {"ep_paged_attention": "ep_attention_forward"}  # where the query is named after another function
 
 # ---- what goes wrong ---------------------------------------------------------------------------------------------------------
 
@@ -301,10 +475,7 @@ def spoil(rng, tensors, scalars, nulls):
     elif kind in (5, 6) and array.shape:
         strides = array.packed()
         strides[axis] = int(rng.choice([0, 1, 2, strides[axis] + 3, 2 * strides[axis], -1]))
-        if (
-            strides[axis] >= 0
-        ):  # a negative stride points before the buffer, so it must be refused unread: only with no data
-            array.strides = strides
+        array.strides = strides
     elif kind == 7:
         array.shift = int(rng.choice([1, 2, 4, 8]))
     elif kind in (8, 9):
@@ -318,11 +489,25 @@ def spoil(rng, tensors, scalars, nulls):
     elif kind == 12:
         setattr(array, str(rng.choice(["null_data", "null_shape"])), True)
     elif kind == 13 and scalars:
-        key = str(rng.choice(sorted(scalars)))
-        place = scalars if not isinstance(scalars[key], dict) else scalars[key]
-        key = key if place is scalars else str(rng.choice(sorted(place)))
-        wild = WILD_FLOATS if isinstance(place[key], float) else WILD_INTS
-        place[key] = wild[rng.integers(len(wild))]
+        key, place = str(rng.choice(sorted(scalars))), scalars
+        if isinstance(place[key], list):  # an array of structs
+            place, key = place[key], int(rng.integers(len(place[key])))
+        if isinstance(place[key], dict):
+            place, key = (
+                place[key],
+                str(rng.choice(sorted(k for k, v in place[key].items() if isinstance(v, (int, float))))),
+            )
+        if isinstance(place[key], Buffer):
+            nulls.add(key)
+        elif key == "count":  # of an array of pointers, whose length nobody can check
+            place[key] = int(rng.choice([-1, 0, 1, 65, -(2**31)])) if rng.integers(4) else place[key]
+        else:
+            wild = WILD_FLOATS if isinstance(place[key], float) else WILD_INTS + WILD_SIZES
+            place[key] = wild[rng.integers(len(wild))]
+
+
+def kind_of(structure, field):
+    return next(kind for name, kind in structure._fields_ if name == field)
 
 
 def call(library, function, arguments, structs, rng, spoils):
@@ -334,17 +519,41 @@ def call(library, function, arguments, structs, rng, spoils):
     if not allocate(list(tensors.values())):
         return None
     memory, values = [], []
-    result = ctypes.c_double()
+    pointers = {}  # of the tensors that are not null
+    for name, array in tensors.items():
+        structure = tensor_of(array, memory)
+        memory.append(structure)
+        if name not in nulls:
+            pointers[name] = ctypes.addressof(structure)
+
+    def filled(kind, fields):
+        numbers = {n: v for n, v in fields.items() if isinstance(v, (int, float))}
+        wanted = {n: v or n for n, v in fields.items() if n not in numbers}
+        numbers = {n: ctypes.c_int64(v).value if kind_of(kind, n) is not ctypes.c_double and isinstance(v, int) else v
+                   for n, v in numbers.items()}  # fmt: skip
+        return kind(**numbers, **{n: pointers.get(of) for n, of in wanted.items()})
+
     for kind, name in arguments:
-        if name in tensors:
-            structure = tensor_of(tensors[name], memory)
-            memory.append(structure)
-            values.append(None if name in nulls else ctypes.byref(structure))
+        if kind == "const DLTensor *const *":
+            row = [pointers.get(f"x{i}") for i in range(sum(re.fullmatch(r"x\d+", n) is not None for n in tensors))]
+            memory.append((ctypes.c_void_p * len(row))(*row))
+            values.append(ctypes.c_void_p(ctypes.addressof(memory[-1])))
+        elif kind == "const DLTensor *":
+            values.append(ctypes.c_void_p(pointers.get(name)))
+        elif kind == "ep_merge_select *":
+            memory.append((structs["ep_merge_select"] * len(scalars[name]))(
+                *[filled(structs["ep_merge_select"], fields) for fields in scalars[name]]
+            ))  # fmt: skip
+            values.append(None if name in nulls else ctypes.byref(memory[-1]))
+        elif isinstance(scalars.get(name), Buffer):
+            memory.append(scalars[name])
+            values.append(None if name in nulls else ctypes.byref(scalars[name].array))
         elif name == "workspace":
             wanted = workspace_of(tensors)
-            nbytes = getattr(library, f"{function}_workspace_bytes")(*wanted) if wanted is not None else 0
-            if not 0 <= nbytes < 1 << 28:
-                nbytes = 0  # sizes that nobody could have allocated tensors for
+            query = getattr(library, f"{WORKSPACE_OF.get(function, function)}_workspace_bytes")
+            possible = wanted is not None and all(0 <= n < 1 << 20 for n in wanted)  # else nobody has such tensors
+            nbytes = query(*wanted) if possible else 0
+            assert 0 <= nbytes < 1 << 28, (function, wanted, nbytes)
             block = (ctypes.c_char * (nbytes + 64))()
             at = (ctypes.addressof(block) + 63) // 64 * 64
             memory.append(block)
@@ -354,10 +563,8 @@ def call(library, function, arguments, structs, rng, spoils):
             values.append(ctypes.c_void_p(None if broken == 0 else at + 4 if broken == 1 and nbytes else at))
         elif name == "stream":
             values.append(None)
-        elif name == "result":
-            values.append(ctypes.byref(result))
         elif kind in structs:
-            values.append(structs[kind](**scalars[name]))
+            values.append(filled(structs[kind], scalars[name]))
         else:
             values.append(SCALARS[kind](scalars[name]))
     status = getattr(library, function)(*values)
@@ -391,16 +598,14 @@ def main():
     for query in queries:
         getattr(library, query).restype = ctypes.c_int64
         getattr(library, query).argtypes = [ctypes.c_int64] * len(functions[query][1])
-    later = {f for f in functions if f.startswith(LATER)}
-    missing = set(functions) - later - queries - NO_TENSORS - set(CALLS)
+    missing = set(functions) - queries - NO_TENSORS - set(CALLS)
     if missing:
         sys.exit(f"no valid call is known of {', '.join(sorted(missing))}: add it to CALLS in {__file__}")
     for function in [options.only] if options.only else sorted(CALLS):
         counts = {0: 0, 1: 0, 2: 0, 3: 0}
         for i in range(options.rounds):
-            print(
-                f"\r{function} seed {options.seed} round {i}", end="", file=sys.stderr, flush=True
-            )  # the last line of a crash
+            if sys.stderr.isatty() or i % 50 == 0:  # the last line of a crash
+                print(f"\r{function} seed {options.seed} round {i}", end="", file=sys.stderr, flush=True)
             rng = np.random.default_rng([options.seed, i])
             status = call(
                 library, function, functions[function][1], structs, rng, 0 if i < 5 else int(rng.integers(1, 4))
