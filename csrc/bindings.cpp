@@ -238,19 +238,22 @@ PYBIND11_MODULE(_core, m) {
     const Workspace workspace(bytes, a);
     run([&] { return ep_paged_attention(a, b, c, d, e, f, g, h, p, workspace.data(), stream); });
   });
-  m.def("attention_backward", [](O dout, O q, O k, O v, O out, O lse, O cu_seqlens, O cu_seqlens_k, O seqused_k, O dq, O dk, O dv,
-                                 bool causal, int64_t window, double softcap, double scale, bool unordered) {
-    Arg a(dout), b(q), c(k), d(v), e(out), f(lse), g(cu_seqlens), h(cu_seqlens_k), i(seqused_k), j(dq), l(dk), n(dv);
-    int64_t bytes = 0;
-    if (b.rank() == 3 && c.rank() == 3 && g.rank() == 1) {
-      bytes = (on_gpu(b) ? ep_attention_backward_gpu_workspace_bytes : ep_attention_backward_workspace_bytes)(
-          g->shape[0], b->shape[0], b->shape[1], c->shape[1], b->shape[2]);
-    }
-    ep_attention_params p{causal, window, softcap, scale, unordered};
-    const Workspace workspace(bytes, a);
-    run([&] { return ep_attention_backward(a, b, c, d, e, f, g, h, i, j, l, n, p, workspace.data(), stream); });
-  }, "dout"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "cu_seqlens"_a, "cu_seqlens_k"_a, "seqused_k"_a, "dq"_a, "dk"_a, "dv"_a, "causal"_a,
-        "window"_a, "softcap"_a, "scale"_a, "unordered"_a = false);
+  m.def(
+      "attention_backward",
+      [](O dout, O q, O k, O v, O out, O lse, O cu_seqlens, O cu_seqlens_k, O seqused_k, O dq, O dk, O dv, bool causal,
+         int64_t window, double softcap, double scale, bool unordered) {
+        Arg a(dout), b(q), c(k), d(v), e(out), f(lse), g(cu_seqlens), h(cu_seqlens_k), i(seqused_k), j(dq), l(dk), n(dv);
+        int64_t bytes = 0;
+        if (b.rank() == 3 && c.rank() == 3 && g.rank() == 1) {
+          bytes = (on_gpu(b) ? ep_attention_backward_gpu_workspace_bytes : ep_attention_backward_workspace_bytes)(
+              g->shape[0], b->shape[0], b->shape[1], c->shape[1], b->shape[2]);
+        }
+        ep_attention_params p{causal, window, softcap, scale, unordered};
+        const Workspace workspace(bytes, a);
+        run([&] { return ep_attention_backward(a, b, c, d, e, f, g, h, i, j, l, n, p, workspace.data(), stream); });
+      },
+      "dout"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "cu_seqlens"_a, "cu_seqlens_k"_a, "seqused_k"_a, "dq"_a, "dk"_a, "dv"_a,
+      "causal"_a, "window"_a, "softcap"_a, "scale"_a, "unordered"_a = false);
 
   m.def("merge_weighted_sum", [](const py::list &x, const py::list &factors, O out) {
     Args a(x);

@@ -98,8 +98,9 @@ struct Inputs {
 static int check_inputs(const char *fn, Inputs &in, const DLTensor *q, const DLTensor *k, const DLTensor *v,
                         const DLTensor *cu_seqlens, const DLTensor *cu_seqlens_k, const DLTensor *seqused_k, const DLTensor *out,
                         const DLTensor *lse, const ep_attention_params &params) {
-  if (!view(in.q, q, fn, "q", 3, FLOATS | GPU) || !view(in.k, k, fn, "k", 3, FLOATS | GPU) || !view(in.v, v, fn, "v", 3, FLOATS | GPU) ||
-      !view(in.out, out, fn, "out", 3, FLOATS | GPU) || !view(in.lse, lse, fn, "lse", 2, F32 | GPU)) {
+  if (!view(in.q, q, fn, "q", 3, FLOATS | GPU) || !view(in.k, k, fn, "k", 3, FLOATS | GPU) ||
+      !view(in.v, v, fn, "v", 3, FLOATS | GPU) || !view(in.out, out, fn, "out", 3, FLOATS | GPU) ||
+      !view(in.lse, lse, fn, "lse", 2, F32 | GPU)) {
     return EP_INVALID_ARGUMENT;
   }
   EP_VIEW(starts, cu_seqlens, 1, I32 | GPU);
@@ -144,7 +145,8 @@ static int check_inputs(const char *fn, Inputs &in, const DLTensor *q, const DLT
               params.causal != 0,
               in.q.dtype,
               in.k.shape[0]};
-  if (!starts_k && on_gpu(in.q.device)) in.shape.cu_k = nullptr;  // a GPU tells training, where keys are the queries' own, from a cache
+  if (!starts_k && on_gpu(in.q.device))
+    in.shape.cu_k = nullptr;  // a GPU tells training, where keys are the queries' own, from a cache
   return EP_OK;
 }
 
@@ -183,7 +185,8 @@ static int check_workspace(const char *fn, const void *workspace, bool gpu) {
   if (gpu) {
     EP_REQUIRE(reinterpret_cast<uintptr_t>(workspace) % 16 == 0, "%s: workspace must be 16-byte aligned", fn);
   } else {
-    EP_REQUIRE(workspace != nullptr && reinterpret_cast<uintptr_t>(workspace) % 64 == 0, "%s: workspace must be 64-byte aligned", fn);
+    EP_REQUIRE(workspace != nullptr && reinterpret_cast<uintptr_t>(workspace) % 64 == 0, "%s: workspace must be 64-byte aligned",
+               fn);
   }
   return EP_OK;
 }
@@ -307,7 +310,8 @@ extern "C" int ep_paged_attention(const DLTensor *q, const DLTensor *k_cache, co
 extern "C" int ep_attention_backward(const DLTensor *dout, const DLTensor *q, const DLTensor *k, const DLTensor *v,
                                      const DLTensor *out, const DLTensor *lse, const DLTensor *cu_seqlens,
                                      const DLTensor *cu_seqlens_k, const DLTensor *seqused_k, const DLTensor *dq,
-                                     const DLTensor *dk, const DLTensor *dv, ep_attention_params params, void *workspace, void *stream) {
+                                     const DLTensor *dk, const DLTensor *dv, ep_attention_params params, void *workspace,
+                                     void *stream) {
   const char *fn = "attention_backward";
   Inputs in;
   EP_VIEW(doutv, dout, 3, FLOATS | GPU);
@@ -335,8 +339,8 @@ extern "C" int ep_attention_backward(const DLTensor *dout, const DLTensor *q, co
     carve_backward(a, static_cast<char *>(workspace), in.shape.sequences, in.shape.tokens, in.shape.heads, in.shape.kv_heads,
                    in.shape.head_dim);
   }
-  EP_DISPATCH(attention_backward, a, stream, fn, &in.q, &in.k, &in.v, &in.out, &in.lse, &in.starts, &in.starts_k, &in.used, &doutv, &dqv,
-              &dkv, &dvv);
+  EP_DISPATCH(attention_backward, a, stream, fn, &in.q, &in.k, &in.v, &in.out, &in.lse, &in.starts, &in.starts_k, &in.used, &doutv,
+              &dqv, &dkv, &dvv);
 }
 
 #endif

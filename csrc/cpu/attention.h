@@ -21,8 +21,8 @@ struct AttentionShape {
   int64_t window;  // 0 = unlimited
   float softcap, scale;
   bool causal;
-  unsigned dtype;  // F32 or BF16; F16 too on a GPU
-  int64_t keys;    // rows of k; with pages, the most that a row of block_table can hold
+  unsigned dtype;                        // F32 or BF16; F16 too on a GPU
+  int64_t keys;                          // rows of k; with pages, the most that a row of block_table can hold
   int64_t page_size = 0;                 // keys of a page; 0 = no pages, keys are one stream
   const int32_t *block_table = nullptr;  // (S, max_blocks), rows table_row apart: which pages hold the keys of a sequence
   int64_t table_row = 0, max_blocks = 0;

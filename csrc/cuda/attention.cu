@@ -17,7 +17,8 @@ static Rows rows_of(const HeadRows &x, int64_t head_dim) {
 static int problem_of(const AttentionShape &s, const char *fn, Problem &p) {
   constexpr int64_t MOST = 0x3fffffff;
   if (s.dtype == F32) {
-    return fail(EP_UNSUPPORTED, "%s: the CUDA kernels take bfloat16 or float16, got float32; cast q, k and v, or use the reference", fn);
+    return fail(EP_UNSUPPORTED, "%s: the CUDA kernels take bfloat16 or float16, got float32; cast q, k and v, or use the reference",
+                fn);
   }
   if (s.tokens * s.heads > MOST || s.keys * s.kv_heads > MOST || s.sequences > MOST) {
     return fail(EP_UNSUPPORTED, "%s: more than 2^30 rows of heads in one call: give fewer sequences at a time", fn);
@@ -26,7 +27,8 @@ static int problem_of(const AttentionShape &s, const char *fn, Problem &p) {
   p.sequences = int32_t(s.sequences), p.tokens = int32_t(s.tokens), p.heads = int32_t(s.heads), p.kv_heads = int32_t(s.kv_heads);
   p.head_dim = int32_t(s.head_dim), p.window = int32_t(s.window < MOST ? s.window : 0), p.page_size = int32_t(s.page_size);
   p.table_row = s.table_row, p.keys = s.keys;
-  p.group = int32_t(s.heads / s.kv_heads), p.scale = s.scale, p.score = score_scale(s.scale, s.softcap), p.causal = s.causal, p.bf16 = s.dtype == BF16;
+  p.group = int32_t(s.heads / s.kv_heads), p.scale = s.scale, p.score = score_scale(s.scale, s.softcap), p.causal = s.causal,
+  p.bf16 = s.dtype == BF16;
   return EP_OK;
 }
 

@@ -6,7 +6,8 @@
 //
 // Which tiles there are must be known without reading cu_seqlens on the host. Sequence b gets the tile numbers from
 // floor(cu[b] * group / M) + b on: since ceil((y - x) / M) <= floor(y / M) - floor(x / M) + 1, no two sequences share one, the grid
-// floor(T * group / M) + S is enough, and a block finds its sequence by bisection in cu_seqlens. Numbers that no row needs end at once.
+// floor(T * group / M) + S is enough, and a block finds its sequence by bisection in cu_seqlens. Numbers that no row needs end at
+// once.
 #pragma once
 
 #include <cstddef>
@@ -30,7 +31,7 @@ enum class TileFamily { LARGE, SMALL };
 // `architecture` is major * 10 + minor of the code that runs (what nvcc compiled for).
 EP_HOST_DEVICE constexpr TileFamily tile_family(int architecture) {
   return architecture == 80 || architecture == 90 || architecture == 100 || architecture == 103 ? TileFamily::LARGE
-                                                                                                  : TileFamily::SMALL;
+                                                                                                : TileFamily::SMALL;
 }
 
 // Whether the code that is being compiled is for this family; the emulator has both.
@@ -49,8 +50,8 @@ EP_HOST_DEVICE constexpr int padded_head_dim(int64_t head_dim) {
   return head_dim <= 64 ? 64 : head_dim <= 96 ? 96 : head_dim <= 128 ? 128 : head_dim <= 192 ? 192 : head_dim <= 256 ? 256 : 0;
 }
 
-// Forward: a block holds `rows` rows of Q, and one tile each of K and V, loaded while the other is in use. A warp has rows / warps rows: 32
-// halve what it reads from shared memory, 16 leave registers for the output of wide heads (rows / warps * D / 32 of them).
+// Forward: a block holds `rows` rows of Q, and one tile each of K and V, loaded while the other is in use. A warp has rows / warps
+// rows: 32 halve what it reads from shared memory, 16 leave registers for the output of wide heads (rows / warps * D / 32 of them).
 struct ForwardTile {
   int rows, keys, warps;
   bool q_in_registers;
@@ -59,10 +60,10 @@ struct ForwardTile {
 EP_HOST_DEVICE constexpr ForwardTile forward_tile(int head_dim, TileFamily family) {
   const bool large = family == TileFamily::LARGE;
   switch (head_dim) {
-    case 64: return {128, 64, 4, false};                                        // 32 KB
-    case 96: return {128, 64, 4, false};                                        // 48 KB
+    case 64: return {128, 64, 4, false};                                                      // 32 KB
+    case 96: return {128, 64, 4, false};                                                      // 48 KB
     case 128: return large ? ForwardTile{128, 64, 4, false} : ForwardTile{64, 64, 4, true};   // 64 KB, 48 KB
-    case 192: return {128, 64, 8, false};                                       // 96 KB
+    case 192: return {128, 64, 8, false};                                                     // 96 KB
     default: return large ? ForwardTile{128, 64, 8, false} : ForwardTile{128, 32, 8, false};  // 128 KB, 96 KB
   }
 }
@@ -72,8 +73,8 @@ EP_HOST_DEVICE constexpr int64_t forward_shared_memory(int head_dim, TileFamily 
   return int64_t(t.rows + 2 * t.keys) * head_dim * 2;
 }
 
-// Backward: a block keeps `keys` keys of K and V and walks over tiles of `rows` rows of Q and dout. It makes S^T and dP^T, 16 keys to a
-// warp; where dK and dV of 16 keys do not fit a warp's registers, `split` warps share them, each with D / split columns.
+// Backward: a block keeps `keys` keys of K and V and walks over tiles of `rows` rows of Q and dout. It makes S^T and dP^T, 16 keys
+// to a warp; where dK and dV of 16 keys do not fit a warp's registers, `split` warps share them, each with D / split columns.
 struct BackwardTile {
   int rows, keys, warps, dout_stages;
   EP_HOST_DEVICE constexpr int split() const { return warps / (keys / 16); }
@@ -82,35 +83,39 @@ struct BackwardTile {
 EP_HOST_DEVICE constexpr BackwardTile backward_tile(int head_dim, TileFamily family) {
   const bool large = family == TileFamily::LARGE;
   switch (head_dim) {
-    case 64: return {64, 128, 8, 2};                                                      // 81 KB
-    case 96: return large ? BackwardTile{64, 128, 8, 2} : BackwardTile{64, 64, 8, 2};     // 113 KB, 89 KB
-    case 128: return large ? BackwardTile{64, 128, 8, 2} : BackwardTile{32, 128, 8, 1};   // 145 KB, 96.5 KB
-    case 192: return large ? BackwardTile{64, 64, 8, 1} : BackwardTile{32, 64, 8, 1};     // 137 KB, 92.5 KB
-    default: return large ? BackwardTile{32, 64, 8, 2} : BackwardTile{32, 32, 4, 1};      // 136.5 KB, 84.5 KB
+    case 64: return {64, 128, 8, 2};                                                     // 81 KB
+    case 96: return large ? BackwardTile{64, 128, 8, 2} : BackwardTile{64, 64, 8, 2};    // 113 KB, 89 KB
+    case 128: return large ? BackwardTile{64, 128, 8, 2} : BackwardTile{32, 128, 8, 1};  // 145 KB, 96.5 KB
+    case 192: return large ? BackwardTile{64, 64, 8, 1} : BackwardTile{32, 64, 8, 1};    // 137 KB, 92.5 KB
+    default: return large ? BackwardTile{32, 64, 8, 2} : BackwardTile{32, 32, 4, 1};     // 136.5 KB, 84.5 KB
   }
 }
 
 EP_HOST_DEVICE constexpr int64_t backward_shared_memory(int head_dim, TileFamily family) {
   const BackwardTile t = backward_tile(head_dim, family);
-  const int64_t elements = int64_t(2 * t.keys + (2 + t.dout_stages) * t.rows) * head_dim + int64_t(t.split() > 1 ? 2 : 1) * t.keys * t.rows;
+  const int64_t elements =
+      int64_t(2 * t.keys + (2 + t.dout_stages) * t.rows) * head_dim + int64_t(t.split() > 1 ? 2 : 1) * t.keys * t.rows;
   return elements * 2 + 2 * 2 * t.rows * int64_t(sizeof(float));  // lse and delta of two tiles
 }
 
-// Decoding: 16 rows against a stretch of keys. Each warp has 16 keys of K and V in shared memory and the next 16 on their way; no warp
-// waits for another before the end.
+// Decoding: 16 rows against a stretch of keys. Each warp has 16 keys of K and V in shared memory and the next 16 on their way; no
+// warp waits for another before the end.
 constexpr int DECODE_ROWS = 16, DECODE_KEYS = 16;
 EP_HOST_DEVICE constexpr int decode_warps(int head_dim) { return head_dim > 128 ? 2 : 4; }
 EP_HOST_DEVICE constexpr int64_t decode_shared_memory(int head_dim) {
   return int64_t(decode_warps(head_dim) * 2 * 2 * DECODE_KEYS + DECODE_ROWS) * head_dim * 2;
 }
 
-// Keys of a stretch, when a tile of rows sees a span of `keys`. It depends on nothing else, so a sequence's result is the same in every batch.
+// Keys of a stretch, when a tile of rows sees a span of `keys`. It depends on nothing else, so a sequence's result is the same in
+// every batch.
 constexpr int MOST_SPLITS = 32, SPLIT_KEYS = 256;
 EP_HOST_DEVICE constexpr int split_keys(int keys) {
   const int even = (keys + MOST_SPLITS - 1) / MOST_SPLITS;
   return even <= SPLIT_KEYS ? SPLIT_KEYS : (even + 63) / 64 * 64;
 }
-EP_HOST_DEVICE constexpr int split_count(int keys) { return keys <= SPLIT_KEYS ? 1 : (keys + split_keys(keys) - 1) / split_keys(keys); }
+EP_HOST_DEVICE constexpr int split_count(int keys) {
+  return keys <= SPLIT_KEYS ? 1 : (keys + split_keys(keys) - 1) / split_keys(keys);
+}
 
 struct Rows {  // (tokens, heads, head_dim) or pages of them; strides in elements
   void *data = nullptr;
@@ -118,8 +123,8 @@ struct Rows {  // (tokens, heads, head_dim) or pages of them; strides in element
   bool vector = false;  // every row begins at a multiple of 16 bytes
 };
 
-// What a product q . k goes through on its way into an exponent of base 2. The running maximum is taken after `before` and the softcap, and
-// before `after`, which is therefore positive.
+// What a product q . k goes through on its way into an exponent of base 2. The running maximum is taken after `before` and the
+// softcap, and before `after`, which is therefore positive.
 struct ScoreScale {
   enum Kind : int32_t { PLAIN, SCALED, CAPPED } kind = PLAIN;  // x; x before; cap tanh(x before)
   float before = 1, cap = 0, after = 1;
@@ -136,7 +141,7 @@ struct Problem {
   int32_t sequences = 0, tokens = 0, heads = 0, kv_heads = 0, group = 1, head_dim = 0;
   int32_t window = 0, page_size = 0;
   int64_t table_row = 0, keys = 0;  // keys: rows of k; with pages, the most that a row of block_table can hold
-  float scale = 0;  // of the products, as the caller gave it
+  float scale = 0;                  // of the products, as the caller gave it
   ScoreScale score;
   bool causal = false, bf16 = false;
 };

@@ -1,17 +1,18 @@
-// Backward attention after Dao 2023 (FlashAttention-2, arXiv 2307.08691, algorithm 2) with mma.sync. With P = exp(S - lse) made again:
+// Backward attention after Dao 2023 (FlashAttention-2, arXiv 2307.08691, algorithm 2) with mma.sync. With P = exp(S - lse) made
+// again:
 //
 //   delta_i = dout_i . out_i        dP = dout V^T        dS = P (dP - delta) (1 - tanh^2 where there is a softcap)
 //   dV = P^T dout        dK = scale dS^T Q        dQ = scale dS K
 //
-// Three kernels. `prepare` makes delta and clears the sums. The main one: a block has one tile of keys of one (sequence, key head) and
-// walks over the tiles of stacked rows that see them. It makes S^T and dP^T rather than S and dP, so that P^T and dS^T are operands of
-// dV and dK as they lie in the registers; dS^T also goes through shared memory, as an operand of dQ that warps share otherwise. dK and
-// dV are sums of the block's own; its part of dQ is added to `dq_sum` in global memory, which `finish` rounds.
+// Three kernels. `prepare` makes delta and clears the sums. The main one: a block has one tile of keys of one (sequence, key head)
+// and walks over the tiles of stacked rows that see them. It makes S^T and dP^T rather than S and dP, so that P^T and dS^T are
+// operands of dV and dK as they lie in the registers; dS^T also goes through shared memory, as an operand of dQ that warps share
+// otherwise. dK and dV are sums of the block's own; its part of dQ is added to `dq_sum` in global memory, which `finish` rounds.
 //
-// Additions to dq_sum come in one order, from the last tile of keys to the first: `turn` counts those that are in, and a block waits for
-// its turn. Blocks take their work by ticket, in that same order, so a block waits only for blocks that run already, and in a causal
-// sequence, where tile n begins at the row tile that tile n + 1 has just left, hardly ever. Without `ordered` nobody waits and the last
-// bits of dQ depend on who came first.
+// Additions to dq_sum come in one order, from the last tile of keys to the first: `turn` counts those that are in, and a block
+// waits for its turn. Blocks take their work by ticket, in that same order, so a block waits only for blocks that run already, and
+// in a causal sequence, where tile n begins at the row tile that tile n + 1 has just left, hardly ever. Without `ordered` nobody
+// waits and the last bits of dQ depend on who came first.
 #include "attention_tile.cuh"
 
 namespace ep {
@@ -20,7 +21,8 @@ namespace cuda {
 template <int D, TileFamily F>
 constexpr int backward_threads = backward_tile(D, F).warps * 32;
 
-// Element e of a thread's part of a tile of dq_sum: neighbouring threads side by side, four elements at once where one instruction adds four.
+// Element e of a thread's part of a tile of dq_sum: neighbouring threads side by side, four elements at once where one instruction
+// adds four.
 template <int THREADS>
 __device__ __forceinline__ int dq_at(int thread, int e) {
   return ptx::RED_WIDTH == 4 ? (e / 4 * THREADS + thread) * 4 + e % 4 : e * THREADS + thread;
@@ -37,8 +39,8 @@ __device__ __forceinline__ RowSpan seeing(const Problem &s, const Sequence &seq,
   return {s.causal ? max(token, 0) * s.group : 0, s.window > 0 ? (token + s.window) * s.group : FAR};
 }
 
-// A block's warps: where each makes its 16 keys by MW rows of S^T, sums its 16 keys by DW columns of dK and dV, and its 16 rows by QW
-// columns of dQ.
+// A block's warps: where each makes its 16 keys by MW rows of S^T, sums its 16 keys by DW columns of dK and dV, and its 16 rows by
+// QW columns of dQ.
 template <int D, TileFamily F>
 struct BackwardLayout {
   static constexpr BackwardTile TILE = backward_tile(D, F);
@@ -47,7 +49,10 @@ struct BackwardLayout {
   static_assert(MW % 16 == 0 && DW % 16 == 0 && QW % 16 == 0 && TILE.warps % ROW_GROUPS == 0, "pieces are 16 x 16");
   int keys, rows, columns, q_rows, q_columns;
   __device__ __forceinline__ explicit BackwardLayout(int warp)
-      : keys(warp % (N / 16) * 16), rows(warp / (N / 16) * MW), columns(warp / (N / 16) * DW), q_rows(warp % ROW_GROUPS * 16),
+      : keys(warp % (N / 16) * 16),
+        rows(warp / (N / 16) * MW),
+        columns(warp / (N / 16) * DW),
+        q_rows(warp % ROW_GROUPS * 16),
         q_columns(warp / ROW_GROUPS * QW) {}
 };
 
@@ -78,7 +83,7 @@ __global__ void __launch_bounds__(backward_threads<D, F>) attention_backward_ker
     const RowSpan first = seeing(s, seq, k0), last = seeing(s, seq, min(k0 + N, seq.keys) - 1);
     const int tile_begin = first.begin / M, tile_end = k0 < seq.keys ? (min(last.end, rows) + M - 1) / M : 0;
     const int first_tile = (s.cu_q[seq.b] * s.group / M + seq.b) * s.kv_heads + kv_head;  // of dq_sum and turn
-    const RowSpan whole = seeing(s, seq, k0 + N - 1);                            // rows that see the last key of a full tile
+    const RowSpan whole = seeing(s, seq, k0 + N - 1);  // rows that see the last key of a full tile
 
     auto load_rows_of = [&](int i, bool q, bool dout) {
       const int r0 = i * M, count = rows - r0;
@@ -92,7 +97,8 @@ __global__ void __launch_bounds__(backward_threads<D, F>) attention_backward_ker
           delta_tile[at] = r < count ? a.delta[from] : 0.f;
         }
       }
-      if (dout) load_stack<D, M, THREADS>(dout_tile + (i - tile_begin) % STAGES * M * D, a.dout, s, seq, kv_head, r0, count, thread);
+      if (dout)
+        load_stack<D, M, THREADS>(dout_tile + (i - tile_begin) % STAGES * M * D, a.dout, s, seq, kv_head, r0, count, thread);
     };
 
     float dk[L::DW / 8][4], dv[L::DW / 8][4];
@@ -165,7 +171,8 @@ __global__ void __launch_bounds__(backward_threads<D, F>) attention_backward_ker
 #pragma unroll
         for (int n = 0; n < L::MW / 8; n++) {
           const int r = stage * M + mine.rows + n * 8 + lane % 4 * 2;
-          const float2 lse = *reinterpret_cast<const float2 *>(lse_tile + r), delta = *reinterpret_cast<const float2 *>(delta_tile + r);
+          const float2 lse = *reinterpret_cast<const float2 *>(lse_tile + r),
+                       delta = *reinterpret_cast<const float2 *>(delta_tile + r);
 #pragma unroll
           for (int e = 0; e < 4; e++) {
             p[n][e] = ptx::exp2(p[n][e] * s.score.after - (e % 2 == 0 ? lse.x : lse.y));
@@ -314,7 +321,8 @@ __global__ void __launch_bounds__(PREPARE_THREADS) attention_prepare_kernel(cons
     float sum = 0.f;
     if (a.out.vector && a.dout.vector) {
       for (int d = lane * 2; d < s.head_dim; d += 64) {
-        const float2 x = unpack<T>(*reinterpret_cast<const uint32_t *>(out + d)), y = unpack<T>(*reinterpret_cast<const uint32_t *>(dout + d));
+        const float2 x = unpack<T>(*reinterpret_cast<const uint32_t *>(out + d)),
+                     y = unpack<T>(*reinterpret_cast<const uint32_t *>(dout + d));
         sum += x.x * y.x + x.y * y.y;
       }
     } else {
@@ -386,7 +394,8 @@ static int backward(const BackwardLaunch &a, void *stream) {
 
 int launch_backward(const BackwardLaunch &a, TileFamily family, void *stream) {
   if (a.shape.bf16) {
-    return family == TileFamily::LARGE ? backward<bf16, TileFamily::LARGE>(a, stream) : backward<bf16, TileFamily::SMALL>(a, stream);
+    return family == TileFamily::LARGE ? backward<bf16, TileFamily::LARGE>(a, stream)
+                                       : backward<bf16, TileFamily::SMALL>(a, stream);
   }
   return family == TileFamily::LARGE ? backward<fp16, TileFamily::LARGE>(a, stream) : backward<fp16, TileFamily::SMALL>(a, stream);
 }

@@ -1,8 +1,8 @@
-// Attention of few queries over many keys (Dao et al. 2023, "Flash-Decoding"): the keys of a tile of 16 stacked rows are split among
-// blocks, and in a block among warps, 16 keys at a time. A warp keeps loading its next keys while it works on these and waits for
-// nobody; the parts are brought together at the end of the block in the order of the warps, and over blocks in the order of the
-// splits by a second kernel. How keys are split depends on the tile's own span of keys alone, so a sequence has the same bits in any
-// batch, and in pages as in one piece.
+// Attention of few queries over many keys (Dao et al. 2023, "Flash-Decoding"): the keys of a tile of 16 stacked rows are split
+// among blocks, and in a block among warps, 16 keys at a time. A warp keeps loading its next keys while it works on these and waits
+// for nobody; the parts are brought together at the end of the block in the order of the warps, and over blocks in the order of the
+// splits by a second kernel. How keys are split depends on the tile's own span of keys alone, so a sequence has the same bits in
+// any batch, and in pages as in one piece.
 #include "attention_tile.cuh"
 
 namespace ep {
@@ -17,7 +17,8 @@ struct Stretch {  // of keys, of one split of a tile of rows
 
 // What split number `split` of the rows [r0, r0 + rows) has to read, and how many splits there are.
 __device__ __forceinline__ Stretch stretch_of(const Problem &s, const Sequence &seq, int r0, int rows, int split) {
-  const int low = visible(s, seq, r0 / s.group).begin / DECODE_KEYS * DECODE_KEYS, high = visible(s, seq, (r0 + rows - 1) / s.group).end;
+  const int low = visible(s, seq, r0 / s.group).begin / DECODE_KEYS * DECODE_KEYS,
+            high = visible(s, seq, (r0 + rows - 1) / s.group).end;
   const int span = max(high - low, 0), step = split_keys(span), begin = low + split * step;
   return {begin, min(begin + step, high), split_count(span)};
 }
@@ -31,7 +32,8 @@ __global__ void __launch_bounds__(decode_threads<D>) attention_decode_kernel(con
   T *const q_tile = shared_memory<T>();
   T *const k_tiles = q_tile + (DECODE_ROWS + warp * 4 * DECODE_KEYS) * D, *const v_tiles = k_tiles + 2 * DECODE_KEYS * D;
 
-  const int split = blockIdx.x % a.splits, kv_head = blockIdx.x / a.splits % s.kv_heads, number = blockIdx.x / a.splits / s.kv_heads;
+  const int split = blockIdx.x % a.splits, kv_head = blockIdx.x / a.splits % s.kv_heads,
+            number = blockIdx.x / a.splits / s.kv_heads;
   int local;
   const Sequence seq = sequence_of(s, find_sequence(s.cu_q, s.sequences, s.group, DECODE_ROWS, number, local));
   const int r0 = local * DECODE_ROWS, row_count = min(DECODE_ROWS, seq.queries * s.group - r0);
@@ -136,7 +138,8 @@ __global__ void __launch_bounds__(decode_threads<D>) attention_decode_kernel(con
         *reinterpret_cast<float2 *>(a.part_out + part * D + d) = make_float2(x * factor, y * factor);
       }
     }
-    if (lane == 0) (stretch.count == 1 ? a.lse[int64_t(head) * s.tokens + token] : a.part_lse[part]) = stretch.count == 1 ? lse * LN2 : lse;
+    if (lane == 0)
+      (stretch.count == 1 ? a.lse[int64_t(head) * s.tokens + token] : a.part_lse[part]) = stretch.count == 1 ? lse * LN2 : lse;
   }
 }
 
@@ -184,18 +187,20 @@ __global__ void __launch_bounds__(COMBINE_THREADS) attention_combine_kernel(cons
   const float factor = blind ? 0.f : 1.f / sum;
   T *const to = static_cast<T *>(a.out.data) + token * a.out.token + head * a.out.head;
 #pragma unroll
-  for (int d = 0; d <= D / 64; d++) store_pair(to, d * 64 + lane * 2, s.head_dim, a.out.vector, out[d][0] * factor, out[d][1] * factor);
+  for (int d = 0; d <= D / 64; d++)
+    store_pair(to, d * 64 + lane * 2, s.head_dim, a.out.vector, out[d][0] * factor, out[d][1] * factor);
   if (lane == 0) a.lse[int64_t(head) * s.tokens + token] = blind ? -EP_INFINITY : (shift + ptx::log2(sum)) * LN2;
 }
 
 template <class T, int D>
 static int decode(const ForwardLaunch &a, void *stream) {
-  const int64_t blocks = row_tiles(a.shape, DECODE_ROWS) * a.shape.kv_heads * a.splits, rows = int64_t(a.shape.tokens) * a.shape.heads;
+  const int64_t blocks = row_tiles(a.shape, DECODE_ROWS) * a.shape.kv_heads * a.splits,
+                rows = int64_t(a.shape.tokens) * a.shape.heads;
   const int status = launch(attention_decode_kernel<T, D>, dim3(unsigned(blocks)), dim3(decode_threads<D>),
                             size_t(decode_shared_memory(D)), stream, a);
   if (status != EP_OK || a.splits == 1) return status;
-  return launch(attention_combine_kernel<T, D>, dim3(unsigned(ceil_div(rows, COMBINE_THREADS / 32))), dim3(COMBINE_THREADS), 0, stream,
-                a);
+  return launch(attention_combine_kernel<T, D>, dim3(unsigned(ceil_div(rows, COMBINE_THREADS / 32))), dim3(COMBINE_THREADS), 0,
+                stream, a);
 }
 
 template <class T>
@@ -209,9 +214,7 @@ static int decode(const ForwardLaunch &a, void *stream) {
   }
 }
 
-int launch_decode(const ForwardLaunch &a, void *stream) {
-  return a.shape.bf16 ? decode<bf16>(a, stream) : decode<fp16>(a, stream);
-}
+int launch_decode(const ForwardLaunch &a, void *stream) { return a.shape.bf16 ? decode<bf16>(a, stream) : decode<fp16>(a, stream); }
 
 }  // namespace cuda
 }  // namespace ep

@@ -1,9 +1,9 @@
 // Forward attention after Dao 2023 (FlashAttention-2, arXiv 2307.08691, algorithm 1) with mma.sync.
 //
-// A block has one tile of stacked rows of one (sequence, key head), `rows / warps` rows to a warp, and walks over the tiles of keys that
-// any of its rows sees, from the last to the first. The loads of V hide behind S = Q K^T, those of the next K behind the softmax
-// and O += P V, so one tile of each is enough. P goes from accumulators to operands without leaving the registers. Only tiles that some
-// row does not see in full look at the mask.
+// A block has one tile of stacked rows of one (sequence, key head), `rows / warps` rows to a warp, and walks over the tiles of keys
+// that any of its rows sees, from the last to the first. The loads of V hide behind S = Q K^T, those of the next K behind the
+// softmax and O += P V, so one tile of each is enough. P goes from accumulators to operands without leaving the registers. Only
+// tiles that some row does not see in full look at the mask.
 #include "attention_tile.cuh"
 
 namespace ep {
@@ -151,7 +151,8 @@ __global__ void __launch_bounds__(forward_threads<D, F>) attention_forward_kerne
         T *to = out_rows(row);
 #pragma unroll
         for (int d = 0; d < D / 8; d++) {
-          store_pair(to, d * 8 + lane % 4 * 2, s.head_dim, a.out.vector, out[mt][d][2 * h] * factor, out[mt][d][2 * h + 1] * factor);
+          store_pair(to, d * 8 + lane % 4 * 2, s.head_dim, a.out.vector, out[mt][d][2 * h] * factor,
+                     out[mt][d][2 * h + 1] * factor);
         }
         if (lane % 4 == 0) {
           const int of = (r0 + row) / s.group;

@@ -1,11 +1,12 @@
-// What the attention kernels share on the device: which rows and keys a block works on, who sees whom, tiles in shared memory, fragments.
+// What the attention kernels share on the device: which rows and keys a block works on, who sees whom, tiles in shared memory,
+// fragments.
 //
 // A tile in shared memory is (rows, W) of 16-bit elements in chunks of 16 bytes. Chunk c of row r lies at chunk c ^ (r % 8) of its
-// group of eight, so that the eight rows that ldmatrix reads at once lie in eight different sets of banks. Where W is 32 mod 64 a row
-// begins in the middle of the banks, and c ^ (r / 2 % 4) of a group of four does the same.
+// group of eight, so that the eight rows that ldmatrix reads at once lie in eight different sets of banks. Where W is 32 mod 64 a
+// row begins in the middle of the banks, and c ^ (r / 2 % 4) of a group of four does the same.
 //
-// Fragments of mma.m16n8k16, by lane g = lane / 4, t = lane % 4: A has rows g and g + 8, columns 2t and 2t + 8 (and the next one each);
-// B the same columns as its k, n = g; the accumulator rows g (elements 0, 1) and g + 8 (2, 3), columns 2t and 2t + 1.
+// Fragments of mma.m16n8k16, by lane g = lane / 4, t = lane % 4: A has rows g and g + 8, columns 2t and 2t + 8 (and the next one
+// each); B the same columns as its k, n = g; the accumulator rows g (elements 0, 1) and g + 8 (2, 3), columns 2t and 2t + 1.
 #pragma once
 
 #include "attention.h"
@@ -17,7 +18,8 @@ namespace cuda {
 constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
 #define EP_INFINITY __int_as_float(0x7f800000)
 
-// ---- rows and keys ----------------------------------------------------------------------------------------------------------------
+// ---- rows and keys
+// ----------------------------------------------------------------------------------------------------------------
 
 struct Sequence {
   int b, q0, queries, k0, keys, slot;  // slot: keys that there is room for, of which `keys` count
@@ -59,14 +61,15 @@ __device__ __forceinline__ Span visible(const Problem &s, const Sequence &seq, i
   return {begin, s.causal ? min(diagonal + 1, seq.keys) : seq.keys};
 }
 
-// ---- global memory to shared memory -------------------------------------------------------------------------------------------------
+// ---- global memory to shared memory
+// -------------------------------------------------------------------------------------------------
 
 template <int W>
 __device__ __forceinline__ int row_mix(int row) {
   return W % 64 == 0 ? row & 7 : (row >> 1) & 3;
 }
-// Bytes from the beginning of a row to its chunk c + step, for a lane whose c < 2 and whose mixed = c ^ row_mix; `step` is even, and known
-// to the compiler, so that few sums are made while the kernel runs.
+// Bytes from the beginning of a row to its chunk c + step, for a lane whose c < 2 and whose mixed = c ^ row_mix; `step` is even,
+// and known to the compiler, so that few sums are made while the kernel runs.
 template <int W>
 __device__ __forceinline__ int chunk_bytes(int mixed, int step) {
   constexpr int GROUP = W % 64 == 0 ? 7 : 3;
@@ -84,8 +87,7 @@ struct StackedRows {  // rows from r0 on of the stack of query heads that share 
   }
 };
 template <class T>
-__device__ __forceinline__ StackedRows<T> stacked_rows(const Rows &x, const Problem &s, const Sequence &seq, int kv_head,
-                                                       int r0) {
+__device__ __forceinline__ StackedRows<T> stacked_rows(const Rows &x, const Problem &s, const Sequence &seq, int kv_head, int r0) {
   return {static_cast<T *>(x.data) + seq.q0 * x.token + kv_head * s.group * x.head, x.token, x.head, s.group, r0};
 }
 
@@ -117,8 +119,8 @@ struct Share {
   __device__ __forceinline__ int at(int r) const { return r * W + (column ^ row_mix<W>(r)) * 8; }  // in elements
 };
 
-// Rows [0, count) of what `row_at` gives, and zeros up to ROWS, into a tile of width W; elements from `width` on are zeros. cp.async, which
-// the caller commits and waits for: every row must begin at a multiple of 16 bytes.
+// Rows [0, count) of what `row_at` gives, and zeros up to ROWS, into a tile of width W; elements from `width` on are zeros.
+// cp.async, which the caller commits and waits for: every row must begin at a multiple of 16 bytes.
 template <int W, int ROWS, int THREADS, class T, class RowAt>
 __device__ __forceinline__ void load_rows(T *tile, const RowAt &row_at, int count, int width, int thread) {
   using S = Share<W, THREADS>;
@@ -205,10 +207,12 @@ __device__ __forceinline__ void load_stack(T *tile, const Rows &x, const Problem
   }
 }
 
-// ---- shared memory to registers -----------------------------------------------------------------------------------------------------
+// ---- shared memory to registers
+// -----------------------------------------------------------------------------------------------------
 
-// This lane's row in the pieces, 16 rows by two chunks, that ldmatrix.x4 takes from a tile. Its four matrices are (rows 0-7, chunk 0),
-// (8-15, 0), (0-7, 1), (8-15, 1), one order for every operand, so that all tiles of a width share the lane's part of the address:
+// This lane's row in the pieces, 16 rows by two chunks, that ldmatrix.x4 takes from a tile. Its four matrices are (rows 0-7, chunk
+// 0), (8-15, 0), (0-7, 1), (8-15, 1), one order for every operand, so that all tiles of a width share the lane's part of the
+// address:
 //   A as it lies: a = r                             A of a tile (k, m), transposed: a = (r0, r2, r1, r3)
 //   B of a tile (n, k): b of columns 0-7 is (r0, r2), of 8-15 (r1, r3)       B of a tile (k, n), transposed: (r0, r1) and (r2, r3)
 template <int W>
@@ -221,7 +225,8 @@ struct Pieces {
   __device__ __forceinline__ uint32_t at(int i, int chunk) const { return row + i * 16 * W * 2 + chunk_bytes<W>(mixed, chunk); }
 };
 
-// ---- scores -----------------------------------------------------------------------------------------------------------------------
+// ---- scores
+// -----------------------------------------------------------------------------------------------------------------------
 
 // 1 - 2 / (1 + e^2x): the error is absolute, 1e-7, and the exponential saturates at both ends.
 __device__ __forceinline__ float tanh_of(float x) { return 1.f - 2.f * ptx::reciprocal(1.f + ptx::exp2(x * (2 * LOG2E))); }
@@ -256,8 +261,8 @@ __device__ __forceinline__ void mask_row(float (&p)[COLUMNS][4], int h, int begi
   }
 }
 
-// One step of the running softmax of 16 rows: scores become weights 2^(score - max), `out` and the sums are brought to the new maximum.
-// row_sum is of this lane's columns.
+// One step of the running softmax of 16 rows: scores become weights 2^(score - max), `out` and the sums are brought to the new
+// maximum. row_sum is of this lane's columns.
 template <int COLUMNS, int DEPTH>
 __device__ __forceinline__ void softmax_step(float (&p)[COLUMNS][4], float after, float (&row_max)[2], float (&row_sum)[2],
                                              float (&out)[DEPTH][4]) {
@@ -314,7 +319,8 @@ __device__ __forceinline__ void clear(float (&x)[COUNT][4]) {
   }
 }
 
-// ---- registers to global memory -----------------------------------------------------------------------------------------------------
+// ---- registers to global memory
+// -----------------------------------------------------------------------------------------------------
 
 // Elements `column` and the next of a row whose width is `width`; `paired`: pairs are aligned.
 template <class T>
