@@ -1,10 +1,12 @@
 // Checks and entry points of attention; the passes are in attention_forward.cpp and attention_backward.cpp.
 #include "enginepost/attention.h"
 
-#include "../cuda/attention.h"
 #include "attention.h"
 #include "dispatch.h"
 #include "parallel.h"
+#ifdef EP_API
+#include "../cuda/attention.h"
+#endif
 
 EP_CUDA_KERNEL(attention_forward, AttentionForward)
 EP_CUDA_KERNEL(attention_backward, AttentionBackward)
