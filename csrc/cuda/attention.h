@@ -62,7 +62,7 @@ EP_HOST_DEVICE constexpr ForwardTile forward_tile(int head_dim, TileFamily famil
   switch (head_dim) {
     case 64: return {128, 64, 4, false};                                                      // 32 KB
     case 96: return {128, 64, 4, false};                                                      // 48 KB
-    case 128: return large ? ForwardTile{128, 64, 4, false} : ForwardTile{64, 64, 4, true};   // 64 KB, 48 KB
+    case 128: return large ? ForwardTile{128, 48, 4, false} : ForwardTile{64, 64, 4, true};   // 56 KB, 48 KB
     case 192: return {128, 64, 8, false};                                                     // 96 KB
     default: return large ? ForwardTile{128, 64, 8, false} : ForwardTile{128, 32, 8, false};  // 128 KB, 96 KB
   }
@@ -85,7 +85,7 @@ EP_HOST_DEVICE constexpr BackwardTile backward_tile(int head_dim, TileFamily fam
   switch (head_dim) {
     case 64: return {64, 128, 8, 2};                                                     // 81 KB
     case 96: return large ? BackwardTile{64, 128, 8, 2} : BackwardTile{64, 64, 8, 2};    // 113 KB, 89 KB
-    case 128: return large ? BackwardTile{64, 128, 8, 2} : BackwardTile{32, 128, 8, 1};  // 145 KB, 96.5 KB
+    case 128: return large ? BackwardTile{32, 128, 8, 2} : BackwardTile{32, 128, 8, 1};  // 104.5 KB, 96.5 KB
     case 192: return large ? BackwardTile{64, 64, 8, 1} : BackwardTile{32, 64, 8, 1};    // 137 KB, 92.5 KB
     default: return large ? BackwardTile{32, 64, 8, 2} : BackwardTile{32, 32, 4, 1};     // 136.5 KB, 84.5 KB
   }

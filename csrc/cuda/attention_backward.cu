@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(backward_threads<D, F>) attention_backward_ker
     }
 
     for (int i = tile_begin; i < tile_end; i++) {
-      const int stage = (i - tile_begin) % 2;
+      const int stage = (i - tile_begin) % 2, lane = ptx::opaque(thread % 32);  // addresses are cheaper to make again than to keep
       ptx::cp_async_wait<0>();
       __syncthreads();  // this tile of Q is in; nobody reads the one before
       if (a.ordered && thread == 0 && i > tile_begin) ptx::add_release(a.turn + first_tile + (i - 1) * s.kv_heads, 1);

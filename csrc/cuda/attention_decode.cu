@@ -82,7 +82,9 @@ __global__ void __launch_bounds__(decode_threads<D>) attention_decode_kernel(con
     transform(p, s.score);
 #pragma unroll
     for (int h = 0; h < 2; h++) mask_row(p, h, span[h].begin - k0, min(span[h].end, stretch.end) - k0, lane);
-    softmax_step(p, s.score.after, row_max, row_sum, out);
+    float rescale[2];
+    softmax_step(p, s.score.after, row_max, row_sum, rescale);
+    rescale_rows(out, rescale);
     uint32_t weights[4];
     as_operand<T>(weights, p, 0);
 #pragma unroll

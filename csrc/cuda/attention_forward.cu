@@ -35,7 +35,6 @@ __global__ void __launch_bounds__(forward_threads<D, F>) attention_forward_kerne
     const int warp_row = warp * WARP_ROWS;
     const Span warp_last = visible(s, seq, (r0 + warp_row + WARP_ROWS - 1) / s.group);
     const int warp_begin = visible(s, seq, (r0 + warp_row) / s.group).begin, warp_end = warp_last.end;
-    const Pieces<D> q_pieces(q_tile + warp_row * D, lane), k_pieces(k_tile, lane), v_pieces(v_tile, lane);
 
     float out[MT][D / 8][4], row_max[MT][2], row_sum[MT][2];
 #pragma unroll
@@ -54,7 +53,8 @@ __global__ void __launch_bounds__(forward_threads<D, F>) attention_forward_kerne
     uint32_t q_held[tile.q_in_registers ? SLICES : 1][MT][4];
 
     for (int t = tile_end - 1; t >= tile_begin; t--) {
-      const int k0 = t * N;
+      const int k0 = t * N, lane = ptx::opaque(thread % 32);  // addresses are cheaper to make again than to keep
+      const Pieces<D> q_pieces(q_tile + warp_row * D, lane), k_pieces(k_tile, lane), v_pieces(v_tile, lane);
       ptx::cp_async_wait<0>();
       __syncthreads();  // K is in; nobody reads V of the tile before
       load_keys<D, N, THREADS>(v_tile, a.v, s, seq, kv_head, k0, seq.keys - k0, thread);
@@ -118,8 +118,18 @@ __global__ void __launch_bounds__(forward_threads<D, F>) attention_forward_kerne
           }
         }
       }
+      float rescale[MT][2];
+      bool same = true;
 #pragma unroll
-      for (int mt = 0; mt < MT; mt++) softmax_step(p[mt], s.score.after, row_max[mt], row_sum[mt], out[mt]);
+      for (int mt = 0; mt < MT; mt++) {
+        softmax_step(p[mt], s.score.after, row_max[mt], row_sum[mt], rescale[mt]);
+        same = same && rescale[mt][0] == 1.f && rescale[mt][1] == 1.f;
+      }
+      // Maxima seldom grow after the first tiles; but where every register is in use, a branch costs more than it saves.
+      if (MT * D >= 256 || !__all_sync(~0u, same)) {
+#pragma unroll
+        for (int mt = 0; mt < MT; mt++) rescale_rows(out[mt], rescale[mt]);
+      }
 #pragma unroll
       for (int kk = 0; kk < N / 16; kk++) {
         uint32_t weights[MT][4];

@@ -126,7 +126,7 @@ __device__ __forceinline__ void load_rows(T *tile, const RowAt &row_at, int coun
   using S = Share<W, THREADS>;
   const S mine(thread);
   const uint32_t to = ptx::shared_address(tile);
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < (ROWS + S::STEP - 1) / S::STEP; i++) {
     const int row = mine.row + i * S::STEP;
     if (ROWS % S::STEP != 0 && row >= ROWS) break;
@@ -261,12 +261,11 @@ __device__ __forceinline__ void mask_row(float (&p)[COLUMNS][4], int h, int begi
   }
 }
 
-// One step of the running softmax of 16 rows: scores become weights 2^(score - max), `out` and the sums are brought to the new
-// maximum. row_sum is of this lane's columns.
-template <int COLUMNS, int DEPTH>
+// One step of the running softmax of 16 rows: scores become weights 2^(score - max), row_sum, which is of this lane's columns, is
+// brought to the new maximum, and `rescale` says what the output has to be multiplied by.
+template <int COLUMNS>
 __device__ __forceinline__ void softmax_step(float (&p)[COLUMNS][4], float after, float (&row_max)[2], float (&row_sum)[2],
-                                             float (&out)[DEPTH][4]) {
-  float rescale[2];
+                                             float (&rescale)[2]) {
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     float high = row_max[h];
@@ -288,12 +287,14 @@ __device__ __forceinline__ void softmax_step(float (&p)[COLUMNS][4], float after
     }
     row_sum[h] = row_sum[h] * rescale[h] + sum;
   }
-  if (__any_sync(~0u, rescale[0] != 1.f || rescale[1] != 1.f)) {
+}
+
+template <int DEPTH>
+__device__ __forceinline__ void rescale_rows(float (&out)[DEPTH][4], const float (&rescale)[2]) {
 #pragma unroll
-    for (int d = 0; d < DEPTH; d++) {
+  for (int d = 0; d < DEPTH; d++) {
 #pragma unroll
-      for (int e = 0; e < 4; e++) out[d][e] *= rescale[e / 2];
-    }
+    for (int e = 0; e < 4; e++) out[d][e] *= rescale[e / 2];
   }
 }
 
