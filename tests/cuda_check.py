@@ -22,7 +22,7 @@ ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 BUDGETS = {
     "adamw": {"step": 64, "step8": 80},
     "glu": {"*": 64},
-    "norm": {"forward_held": 64, "backward_held": 128, "*": 40},
+    "norm": {"forward_held": 64, "backward_held": 128, "*": 64},
     "rope": {"*": 48},
 }
 DEFAULT_BUDGET = 255
