@@ -217,6 +217,22 @@ def merge_evolve(
     typer.echo(report.text())
 
 
+@app.command("merge-moe", epilog=_example("enginepost merge-moe examples/recipes/merge_moe.yaml models/mixture"))
+def merge_moe(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE.YAML", help="A mergekit-moe recipe.")],
+    out: Annotated[str, typer.Argument(help="The directory to write; new or empty.")],
+    seed: Annotated[int, typer.Option(help="Of random gates and noise.")] = 0,
+    shard: Annotated[float, typer.Option(min=0.001, help="Most GB in a weights file.")] = 5,
+) -> None:
+    """Make a mixture of experts (Mixtral, Qwen MoE) from dense models of one architecture."""
+    from enginepost.merge import assemble
+
+    report = assemble(recipe, out, seed=seed, shard_bytes=shard * 1e9)
+    for note in report.notes:
+        typer.secho(f"note: {note}", fg="yellow")
+    typer.echo(report.text())
+
+
 @app.command(
     "merge-adapters",
     epilog=_example(
