@@ -168,6 +168,9 @@ def merge(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")
     ] = False,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Take 4-bit inputs as the numbers that their codes stand for.")
+    ] = False,
 ) -> None:
     """Merge models as a mergekit recipe says; run it again after an interruption and it goes on where it was."""
     from enginepost.merge.executor import Bar
@@ -182,6 +185,7 @@ def merge(
             memory=memory * 1e6,
             shard_bytes=shard * 1e9,
             dry_run=dry_run,
+            dequantize=dequantize,
             progress=bar,
         )
     for report in reports:
