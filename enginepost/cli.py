@@ -192,6 +192,48 @@ def merge(
 
 @app.command(
     epilog=_example(
+        "enginepost extract models/base models/tuned runs/extracted --rank 32",
+        "enginepost extract models/base models/tuned runs/extracted --energy 0.9",
+    )
+)
+def extract(
+    base: Annotated[str, typer.Argument(help="The model that was tuned: a Hugging Face directory.")],
+    tuned: Annotated[str, typer.Argument(help="What it became.")],
+    out: Annotated[str, typer.Argument(help="The adapter directory to write; new or empty.")],
+    rank: Annotated[int, typer.Option(min=1, help="Of every module.")] = 16,
+    energy: Annotated[
+        float | None, typer.Option(help="Instead: the least rank that holds this share of the squared change, 0 to 1.")
+    ] = None,
+    max_rank: Annotated[int, typer.Option(min=1, help="With --energy: no rank is higher.")] = 256,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Keep norms, embeddings and head that changed in the adapter, whole.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="Of the adapter: float32, float16 or bfloat16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Of the random projections.")] = 0,
+) -> None:
+    """Write what a fine-tune learned as a LoRA adapter (PEFT) for its base, and how much of it the adapter holds."""
+    import torch
+
+    from enginepost.merge import extract
+
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise EnginepostError(f"--dtype {dtype}: expected float32, float16 or bfloat16")
+    report = extract(
+        base,
+        tuned,
+        out,
+        rank=rank,
+        energy=energy,
+        max_rank=max_rank,
+        whole=whole,
+        dtype=getattr(torch, dtype),
+        seed=seed,
+    )
+    typer.echo(report.text())
+
+
+@app.command(
+    epilog=_example(
         "enginepost quantize models/SmolLM2-135M models/SmolLM2-135M-4bit",
         "enginepost quantize MODEL OUT --double --skip down_proj",
     )

@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from enginepost.merge.apply import merge_tensors as merge_tensors
+    from enginepost.merge.low_rank import ExtractReport as ExtractReport
+    from enginepost.merge.low_rank import extract as extract
     from enginepost.merge.registry import METHODS as METHODS
     from enginepost.merge.registry import MergeError as MergeError
     from enginepost.merge.registry import Method as Method
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "merge_tensors": "apply",
+    "ExtractReport": "low_rank",
+    "extract": "low_rank",
     "METHODS": "registry",
     "MergeError": "registry",
     "Method": "registry",
