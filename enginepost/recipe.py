@@ -126,7 +126,9 @@ class Recipe(_Strict):
     lora: Lora | None = Lora()  # null = full fine-tuning
     quantize: Literal["nf4", "nf4-double", "fp4"] | None = None  # the frozen weights in 4 bits (QLoRA)
     weights: Literal["resident", "host", "disk"] = "resident"  # where the frozen weights live; see docs/memory.md
-    checkpointing: bool = True  # recompute each block's activations in backward: less memory, about a quarter more time
+    # recompute each block's activations in backward: less memory, about a quarter more time. "host" and "bf16" say how the inputs of
+    # the blocks are kept: in a GPU's host memory, or rounded to bfloat16 (that alters the gradients of an fp32 run)
+    checkpointing: bool | Literal["host", "bf16"] = True
     # run
     save_every: Count = 100  # optimizer steps between checkpoints: what a crash can cost
     keep_last: Count = 2
@@ -408,7 +410,8 @@ def changed_keys(before: Recipe, after: Recipe) -> list[str]:
     a, b = before.model_dump(), after.model_dump()
     changed = []
     for key in a:
-        if key in FREE_ON_RESUME or a[key] == b[key]:
+        rounds = key == "checkpointing" and "bf16" in (a[key], b[key])
+        if (key in FREE_ON_RESUME and not rounds) or a[key] == b[key]:
             continue
         if isinstance(a[key], dict) and isinstance(b[key], dict):
             changed += [f"{key}.{inner}" for inner in a[key] if a[key][inner] != b[key].get(inner)]

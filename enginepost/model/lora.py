@@ -222,7 +222,7 @@ def save_adapter(model: Transformer, directory: str | Path, base_model: str | Pa
         )
         for path, u in found.items()
     }  # fmt: skip
-    write_adapter(directory, Adapter(config, parts))
+    write_adapter(directory, Adapter(config, parts, trained_over=model.quantization))
 
 
 def _whole(x: float) -> float:

@@ -25,7 +25,7 @@ Reference = Callable[[], AbstractContextManager[Any]]
 def reference_of(recipe: Recipe, model: Any) -> Reference:
     """A function that gives a context in which its value is the reference policy; nothing of it gets a gradient there."""
     if recipe.lora is None:
-        other = load_model(recipe.model, dtype=model.dtype, device=model.embedding.device).requires_grad_(False)
+        other = load_model(recipe.model, dtype=model.dtype, device=model.device).requires_grad_(False)
         return lambda: contextlib.nullcontext(other)
     if recipe.adapter is None:
         return lambda: _switched_off(model)

@@ -30,6 +30,7 @@ from enginepost.model.residency import WeightsError
 from enginepost.model.spec import ModelSpec
 from enginepost.recipe import Recipe, load_recipe
 from enginepost.train import methods, weights
+from enginepost.train.heap import give_back
 from enginepost.train.methods.method import Method, Metrics, MicroBatch, Work, add_metrics, mean_metrics
 from enginepost.train.monitor import Monitor, SpikeWatch, resident_bytes
 from enginepost.train.optimizer import AdamW, NotFinite
@@ -72,6 +73,7 @@ def train(recipe: str | os.PathLike[str] | Mapping[str, Any], *, resume: bool = 
 
 def _train(recipe: Recipe, run: RunDirectory, command: str) -> None:
     method = methods.create(recipe)
+    give_back()
     checkpoint = next(reversed(run.checkpoints()), None)
     state = read_state(checkpoint) if checkpoint else None
     if state and state["enginepost"]["data"] != method.data:
