@@ -4,8 +4,8 @@
     python -m bench.memory MODEL_DIR            # the model is made there when it is not, and kept
 
 Every rung is a process of its own, training on the same ragged texts in steps of about 1024 tokens. Memory is VmHWM of the process,
-everything included (interpreter, libraries, tokenizer); the page cache is the system's and is not in it. Speed counts from the end of
-the first step. The first rung, without the fused head, is the same trainer with the head in plain PyTorch (`[tokens, vocabulary]`
+everything included (interpreter, libraries, tokenizer); the page cache is the system's and is not in it. Speed counts from the end
+of the first step. The first rung, without the fused head, is the same trainer with the head in plain PyTorch (`[tokens, vocabulary]`
 logits). The last two rungs are repeated in turn, since what they differ by is small. Losses of rungs that promise the same bits are
 compared, and a difference is an error.
 """
@@ -61,9 +61,9 @@ def write_rows(path: pathlib.Path, count: int, vocab_size: int) -> None:
 def prepare(model: pathlib.Path) -> int:
     """Make the model and its tokenizer unless they are there; returns the size of the vocabulary."""
     if not (model / "config.json").exists():
-        from enginepost.model.architectures import init_model
+        from enginepost.model.architectures import architecture, init_model
 
-        init_model(model, like=ARCHITECTURE)
+        init_model(model, architecture(ARCHITECTURE))
     vocab_size = int(json.loads((model / "config.json").read_text())["vocab_size"])
     if not (model / "tokenizer.json").exists():
         write_tokenizer(model, vocab_size)
@@ -119,7 +119,9 @@ def climb(model: pathlib.Path, options: Options, rungs: list[Rung]) -> Iterator[
             seen.setdefault(rung.name, []).append(result)
             losses[rung.name] = loss
             if rung.same_as in losses and losses[rung.same_as] != loss:
-                raise RuntimeError(f"{rung.name}: losses {loss} are not those of {rung.same_as}, {losses[rung.same_as]}")
+                raise RuntimeError(
+                    f"{rung.name}: losses {loss} are not those of {rung.same_as}, {losses[rung.same_as]}"
+                )
     before: Rung | None = None
     for rung in rungs:
         speed = statistics.median(r.tokens_per_second for r in seen[rung.name])

@@ -53,6 +53,39 @@ def train(
 
 @app.command(
     epilog=_example(
+        "enginepost plan recipe.yaml --gpu rtx4070",
+        "enginepost plan recipe.yaml model=llama-3.1-8b quantize=nf4 --gpu 8GB --host 32GB",
+    )
+)
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE.YAML", help="What would be trained, on what, how.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Recipe keys to set; model= takes a public name too."),
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="A card by name or size (rtx4070, 8GB); default: this CPU.")] = None,
+    memory: Annotated[str | None, typer.Option(help="To stay within, such as 12GB; default: what is there.")] = None,
+    host: Annotated[str | None, typer.Option(help="Host memory beside the GPU, such as 64GB.")] = None,
+    tflops: Annotated[float | None, typer.Option(min=0.001, help="Rate of matrix products, where it is known.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Tell the memory and time of a recipe before it runs: peak by item, what fits, the cheapest change that makes it fit."""
+    import json
+
+    from rich.console import Console
+
+    from enginepost.plan import plan
+    from enginepost.recipe import parse_overrides
+
+    made = plan(recipe, parse_overrides(overrides or []), on=gpu, memory=memory, host=host, tflops=tflops)
+    if as_json:
+        typer.echo(json.dumps(made.to_json(), indent=2))
+    else:
+        made.show(Console(highlight=False, soft_wrap=True))
+
+
+@app.command(
+    epilog=_example(
         "enginepost init --like llama-3.1-8b models/random-8b",
         "enginepost init --like llama-3.2-1b models/small num_hidden_layers=2 --tokenizer models/SmolLM2-135M",
     )
@@ -210,6 +243,70 @@ def merge(
 
 
 @app.command(
+    "merge-evolve",
+    epilog=_example(
+        "enginepost merge evolve examples/recipes/merge_evolve.yaml runs/evolve",
+        "enginepost merge evolve search.yaml runs/evolve --budget 200      # goes on where it was",
+    ),
+)
+def merge_evolve(
+    search: Annotated[str, typer.Argument(metavar="SEARCH.YAML", help="Models, methods, ranges, and how to score.")],
+    out: Annotated[str, typer.Argument(help="The directory of the record; that of the same search is resumed.")],
+    budget: Annotated[int | None, typer.Option(min=1, help="Candidates to try, instead of the file's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the search and of random masks, instead of the file's.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Tensors in work at once.")] = None,
+    memory: Annotated[
+        float, typer.Option(min=1, help="Private memory for merging, in MB; the model comes on top.")
+    ] = 512,
+) -> None:
+    """Search for the best merge by CMA-ES: weights, densities, gradients over the layers, method. Also: enginepost merge evolve."""
+    from enginepost.merge import evolve
+
+    def tell(done: int, of: int, fitness: float, best: float) -> None:
+        typer.echo(f"{done}/{of}  fitness {fitness:.5g}  best {best:.5g}")
+
+    report = evolve(search, out, budget=budget, seed=seed, threads=threads, memory=memory * 1e6, progress=tell)
+    typer.echo(report.text())
+
+
+@app.command(
+    "merge-adapters",
+    epilog=_example(
+        "enginepost merge-adapters runs/both runs/code/adapter runs/chat/adapter --weight 0.6 --weight 0.4",
+        "enginepost merge-adapters OUT A B --method ties_svd --density 0.5 --rank 32",
+    ),
+)
+def merge_adapters(
+    out: Annotated[str, typer.Argument(help="The adapter directory to write; new or empty.")],
+    adapters: Annotated[list[str], typer.Argument(help="PEFT LoRA adapters of one base model.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="svd, cat, linear, ties, dare_linear, dare_ties, ties_svd, dare_linear_svd or dare_ties_svd."
+        ),
+    ] = "svd",
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Of each adapter, in their order; give it once for each. Default: 1.")
+    ] = None,
+    density: Annotated[float, typer.Option(help="Share of elements that ties and dare keep.")] = 1.0,
+    sign: Annotated[str, typer.Option(help="How ties elects: by total value, or by frequency.")] = "total",
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Of the result, for svd; default: the highest of theirs.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random masks of dare.")] = 0,
+) -> None:
+    """Merge LoRA adapters with one another into a new one, as PEFT's add_weighted_adapter does."""
+    from enginepost.merge import merge_adapters
+
+    report = merge_adapters(
+        adapters, out, method=method, weights=weight, density=density, sign=sign, rank=rank, seed=seed
+    )
+    for note in report.notes:
+        typer.secho(f"note: {note}", fg="yellow")
+    typer.echo(report.text())
+
+
+@app.command(
     epilog=_example(
         "enginepost extract models/base models/tuned runs/extracted --rank 32",
         "enginepost extract models/base models/tuned runs/extracted --energy 0.9",
@@ -280,6 +377,48 @@ def quantize(
         f"wrote {out}: {report.quantized} of {report.tensors} tensors in 4 bits, {report.nbytes / 1e6:.1f} MB -> "
         f"{report.quantized_nbytes / 1e6:.1f} MB; try: enginepost generate {out} --prompt ..."
     )
+
+
+@app.command(
+    epilog=_example(
+        "enginepost score runs/reward/model answers.jsonl",
+        "enginepost score runs/reward/adapter pairs.jsonl --out scores.jsonl",
+    )
+)
+def score(
+    model: Annotated[
+        str, typer.Argument(help="A reward model: what method reward or prm wrote, or one from elsewhere.")
+    ],
+    paths: Annotated[
+        list[str], typer.Argument(metavar="FILES...", help="Conversations, pairs, or solutions with steps.")
+    ],
+    out: Annotated[str | None, typer.Option(help="A jsonl file to write; default standard output.")] = None,
+    template: Annotated[str | None, typer.Option(help="A chat template by name, or a file.")] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Most tokens of a row.")] = 4096,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+) -> None:
+    """Score answers with a reward model, packed; of pairs also say how often the chosen answer wins."""
+    import json
+    import pathlib
+
+    import torch
+
+    from enginepost.score import score
+
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if dtype not in dtypes:
+        raise EnginepostError(f"--dtype {dtype}: expected bfloat16 or float32")
+    found = score(model, paths, template=template, max_length=max_length, dtype=dtypes[dtype])
+    lines = "".join(json.dumps(row) + "\n" for row in found.rows)
+    if out is None:
+        typer.echo(lines, nl=False)
+    else:
+        try:
+            pathlib.Path(out).write_text(lines, encoding="utf-8")
+        except OSError as error:
+            raise EnginepostError(f"cannot write {out}: {error.strerror}") from None
+    if found.accuracy is not None:
+        typer.echo(f"agrees with {found.accuracy:.1%} of {found.labelled} labels", err=True)
 
 
 @app.command(
@@ -390,6 +529,8 @@ def preview(
 
 def main() -> None:
     """Entry point: a user error is a message and exit code 1, never a traceback."""
+    if sys.argv[1:3] == ["merge", "evolve"]:  # the one verb of two words whose first is a verb itself
+        sys.argv[1:3] = ["merge-evolve"]
     try:
         app()
     except EnginepostError as error:

@@ -57,6 +57,28 @@ def _method(value: str) -> str:
     return value
 
 
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i)?)?b?", re.IGNORECASE)
+
+
+def memory_size(text: str) -> float | None:
+    """Bytes of an amount of memory such as 12GB, 512MB or 8GiB (binary); a bare number is GB. None for anything else.
+
+    >>> memory_size("12GB"), memory_size("8GiB"), memory_size("0.5"), memory_size("much")
+    (12000000000.0, 8589934592.0, 500000000.0, None)
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if not found or float(found[1]) <= 0:
+        return None
+    return float(found[1]) * (1024.0 if found[3] else 1000.0) ** ("kmgt".index((found[2] or "g").lower()) + 1)
+
+
+def _memory(value: Any) -> Any:
+    text = str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
+    if value is None or text == "auto" or memory_size(text) is not None:
+        return None if value is None else text
+    raise ValueError("expected auto, or an amount of memory such as 12GB")
+
+
 def _text(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
@@ -129,6 +151,7 @@ class Recipe(_Strict):
     # recompute each block's activations in backward: less memory, about a quarter more time. "host" and "bf16" say how the inputs of
     # the blocks are kept: in a GPU's host memory, or rounded to bfloat16 (that alters the gradients of an fp32 run)
     checkpointing: bool | Literal["host", "bf16"] = True
+    memory: Annotated[str | None, BeforeValidator(_memory)] = None  # auto or 12GB: choose weights and checkpointing
     # run
     save_every: Count = 100  # optimizer steps between checkpoints: what a crash can cost
     keep_last: Count = 2
@@ -155,6 +178,10 @@ METHODS: dict[str, tuple[str, str]] = {
     "orpo": ("enginepost.recipe_offline", "OrpoRecipe"),
     "simpo": ("enginepost.recipe_offline", "SimpoRecipe"),
     "cpo": ("enginepost.recipe_offline", "CpoRecipe"),
+    "kto": ("enginepost.recipe_offline", "KtoRecipe"),
+    "reward": ("enginepost.recipe_offline", "RewardRecipe"),
+    "prm": ("enginepost.recipe_offline", "PrmRecipe"),
+    "distill": ("enginepost.recipe_offline", "DistillRecipe"),
     "grpo": ("enginepost.recipe_online", "GrpoRecipe"),
     "rloo": ("enginepost.recipe_online", "RlooRecipe"),
     "ppo": ("enginepost.recipe_online", "PpoRecipe"),
@@ -182,6 +209,7 @@ FREE_ON_RESUME = {
     "tensorboard",
     "checkpointing",
     "weights",
+    "memory",
 }
 
 

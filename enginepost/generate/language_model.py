@@ -36,7 +36,9 @@ def load(
     # An adapter may have a tokenizer beside it: that of its training, chat template included.
     beside = adapter is not None and (Path(adapter) / "tokenizer_config.json").exists()
     tokenizer = adapter if adapter is not None and beside else path
-    return LanguageModel(load_model(path, dtype=DTYPES[dtype], device=device, adapter=adapter, quantize=quantize), tokenizer)
+    return LanguageModel(
+        load_model(path, dtype=DTYPES[dtype], device=device, adapter=adapter, quantize=quantize), tokenizer
+    )
 
 
 class LanguageModel:

@@ -1,11 +1,12 @@
-"""Activation checkpointing: a block keeps its input and makes its activations again in the backward pass.
+"""Activation checkpointing that keeps the input of a block elsewhere than where it is.
 
     forward    y = block(x), nothing recorded; x is kept
     backward   y' = block(x) once more, recorded; then its gradients: those of its parameters accumulate, that of x goes on
 
-Same operations, same bits as without. What is kept of x (`Kept`): "device", x itself; "host", a copy in pinned host memory, made on
-a stream of its own (for a GPU; on a CPU x is in host memory already; no test has run it on a GPU); "bf16", x rounded to bfloat16, so
-that a float32 model keeps half as much, and its gradients are those of the rounded inputs.
+Kept in pinned host memory ("host": copied on a stream of its own, for a GPU; on a CPU x is in host memory already; no test has run
+it on a GPU), or rounded to bfloat16 ("bf16": a float32 model keeps half as much, and its gradients are those of the rounded inputs).
+torch.utils.checkpoint, which serves where x may stay as it is, has no say in how it keeps it; it stops recomputing at the last
+tensor that is needed, and so takes two or three x less while a block is at work.
 """
 
 from collections.abc import Callable
@@ -14,10 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-Kept = Literal["device", "host", "bf16"]
+Kept = Literal["host", "bf16"]
 
 
-def recompute(run: Callable[[Tensor], Tensor], x: Tensor, trains: bool, keep: Kept = "device") -> Tensor:
+def recompute(run: Callable[[Tensor], Tensor], x: Tensor, trains: bool, keep: Kept) -> Tensor:
     """run(x), whose activations are made again when gradients are asked for.
 
     Args: run: must compute the same when it is called again; x: float `[T, H]`; trains: whether run uses parameters that want

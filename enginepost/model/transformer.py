@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from enginepost.errors import EnginepostError
 from enginepost.kernels.attention import attention, attention_qkv
@@ -168,7 +169,7 @@ class Transformer(nn.Module):
     """A language model. Weights are uninitialized until `enginepost.model` loads or creates them.
 
     Attributes: spec; config: the config.json it came from; checkpointing: recompute each block's activations in the backward
-    pass instead of keeping them (same bits, less memory), True or where the inputs are kept (`enginepost.model.recompute`);
+    pass instead of keeping them (same bits, less memory): True, or how the inputs are kept (`enginepost.model.recompute`);
     dropout_seed: keys the dropout of LoRA, to be set anew for every micro-batch of a training run; stream: feeds the blocks their
     weights where those do not stay (`enginepost.model.residency`).
     """
@@ -240,9 +241,11 @@ class Transformer(nn.Module):
             run = functools.partial(
                 self._run, i, cu_seqlens=cu_seqlens, turn=turn, seed=seed + 4 * i, cache=cache
             )  # fmt: skip
-            if recompute_blocks:
+            if recompute_blocks and isinstance(self.checkpointing, str):
                 trains = any(p.requires_grad for p in self.blocks[i].parameters())
-                h = recompute(run, h, trains, self.checkpointing if isinstance(self.checkpointing, str) else "device")
+                h = recompute(run, h, trains, self.checkpointing)
+            elif recompute_blocks:
+                h = checkpoint(run, h, use_reentrant=False, preserve_rng_state=False)
             else:
                 h = run(h)
         h = rms_norm(h, self.norm, spec.eps, offset=spec.norm_offset)
