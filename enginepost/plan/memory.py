@@ -167,9 +167,20 @@ def weight_bytes(s: Setup) -> tuple[float, float]:
     """(weights that stay on the device, slots that the others stream through), in bytes."""
     blob, layers = blob_bytes(s), len(s.spec.layers)
     rest = float(_rest_elements(s.spec) * s.itemsize)
+    if _tables_on_disk(s):
+        rest -= (1 if s.spec.tied else 2) * _table_bytes(s)
     if s.weights == "resident" or (s.weights == "host" and s.device == "cpu"):
         return rest + blob * layers, 0.0
     return rest, float(min(s.slots, layers) * blob)
+
+
+def _tables_on_disk(s: Setup) -> bool:
+    """Embedding and head stay in their files too (model/residency.py, StoredTable): the head is in memory while the loss is made."""
+    return s.weights == "disk" and s.device == "cpu"
+
+
+def _table_bytes(s: Setup) -> float:
+    return float(s.spec.vocab_size * s.spec.hidden_size * s.itemsize)
 
 
 def blob_bytes(s: Setup) -> int:
@@ -254,7 +265,10 @@ def _play(tape: Tape, s: Setup, block: int) -> None:
     )
     dout = tape.take(h)
     tape.moment = f"the backward pass of block {block}"
-    _backward(tape, s, _forward(tape, s)[1], h)
+    kept_again = _forward(tape, s)[1]
+    again = tape.take(h if s.checkpointing else 0)  # the output made again, from which the block's backward pass begins
+    _backward(tape, s, kept_again, h)
+    tape.free(again)
     if block == 0 and s.full:
         # The table's own gradient is dense; with a tied head the two are added when both are there.
         tape.free(tape.take(spec.vocab_size * spec.hidden_size * s.itemsize * (2 if spec.tied else 1), "head"))
@@ -266,6 +280,7 @@ def _play(tape: Tape, s: Setup, block: int) -> None:
 def _head(tape: Tape, s: Setup, h: float) -> None:
     spec, tokens = s.spec, s.tokens
     hidden, wide = tape.take(h, "head"), 4 * tokens * spec.hidden_size
+    table = tape.take(_table_bytes(s) if _tables_on_disk(s) else 0, "head")
     rows = tape.take(4 * 4 * tokens, "head")
     if not s.full:
         direction = tape.take(wide, "head")
@@ -277,7 +292,7 @@ def _head(tape: Tape, s: Setup, h: float) -> None:
         dhidden = tape.take(h, "head")
         dweight = tape.take(spec.vocab_size * spec.hidden_size * s.itemsize, "head")
         tape.free(dhidden, dweight)
-    tape.free(hidden, rows)
+    tape.free(hidden, rows, table)
 
 
 Held = tuple[str, float]

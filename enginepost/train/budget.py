@@ -1,14 +1,7 @@
-"""A run within its memory: what `memory` in a recipe chooses, how the C library gives memory back, and what is said when it is out.
-
-glibc raises the size from which an allocation gets pages of its own (M_MMAP_THRESHOLD) as large ones are freed, up to 32 MB, and
-keeps in its heap what lies below. Activations are of that size, so a run held 50 to 60 MB more than was alive at its peak, by chance
-of their order. With the threshold at 1 MB resident memory follows what is alive, at no cost in time that could be measured.
-"""
+"""A run within its memory: what `memory` in a recipe chooses, and what is said when it is out of it."""
 
 import contextlib
-import ctypes
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -19,8 +12,6 @@ from enginepost.plan.memory import PROCESS, step_peak
 from enginepost.plan.report import advice, settled
 from enginepost.plan.setup import config_of, setup_of
 from enginepost.recipe import Recipe
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class OutOfMemory(EnginepostError):
@@ -50,8 +41,7 @@ def warning(recipe: Recipe, free: float | None) -> str | None:
 
 @contextlib.contextmanager
 def guarded(recipe: Recipe) -> Iterator[None]:
-    """Within, memory is given back as it is freed, and running out of it is an OutOfMemory with the plan."""
-    _give_back()
+    """Within, running out of memory is an OutOfMemory with the plan."""
     said = warning(recipe, available())
     if said is not None:
         print(said, flush=True)
@@ -71,12 +61,3 @@ def _out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return "can't allocate memory" in str(error) or "std::bad_alloc" in str(error)
-
-
-def _give_back() -> None:
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it, musl does not
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 1 << 24)
