@@ -267,24 +267,19 @@ PYBIND11_MODULE(_core, m) {
 
   m.def("linear_logprob_forward", [](O hidden, O weight, O targets, O logprob, O lse, O entropy, O direction, double softcap) {
     Arg a(hidden), b(weight), c(targets), d(logprob), e(lse), f(entropy), g(direction);
-    int64_t bytes = 0;
-    if (a.rank() == 2) bytes = ep_linear_logprob_forward_workspace_bytes(a->shape[0], a->shape[1]);
+    const int64_t bytes = ep_linear_logprob_forward_workspace_bytes_for(a, b, g);
     run([&] { return ep_linear_logprob_forward(a, b, c, d, e, f, g, softcap, scratch(bytes), nullptr); });
   });
   m.def("linear_logprob_backward",
         [](O dlogprob, O dentropy, O hidden, O weight, O targets, O lse, O entropy, O dhidden, O dweight, double softcap) {
           Arg a(dlogprob), b(dentropy), c(hidden), d(weight), e(targets), f(lse), g(entropy), h(dhidden), i(dweight);
-          int64_t bytes = 0;
-          if (c.rank() == 2) bytes = ep_linear_logprob_backward_workspace_bytes(c->shape[0], c->shape[1]);
+          const int64_t bytes = ep_linear_logprob_backward_workspace_bytes_for(c, d, h, i);
           run([&] { return ep_linear_logprob_backward(a, b, c, d, e, f, g, h, i, softcap, scratch(bytes), nullptr); });
         });
 
   m.def("matmul", [](O a, O b, O a2, O b2, O c, bool accumulate) {
     Arg x(a), y(b), x2(a2), y2(b2), z(c);
-    int64_t bytes = 0;
-    if (y.rank() == 2 && z.rank() == 2) {
-      bytes = ep_matmul_workspace_bytes(z->shape[0], z->shape[1], y->shape[0] + (y2.rank() == 2 ? y2->shape[0] : 0));
-    }
+    const int64_t bytes = ep_matmul_workspace_bytes_for(x, y, x2, y2, z);
     run([&] { return ep_matmul(x, y, x2, y2, z, accumulate, scratch(bytes), nullptr); });
   });
 
