@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h') CMakeLists.txt
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt
 
 .PHONY: setup demo test slow-test lint format peers link sanitize bench clean
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <string>
@@ -60,22 +61,57 @@ void run(Call &&call) {
 
 using O = const py::object &;
 
-// A workspace that a thread keeps between calls: it grows to the largest that was asked for and is given back when the thread ends.
-void *scratch(int64_t bytes) {
+// The stream that calls on GPU tensors run on, and where their workspaces come from: set by enginepost/kernels/backend.py.
+thread_local void *stream = nullptr;
+py::object &allocator() {
+  static py::object *function = new py::object;  // leaked: Python may be gone when static objects end
+  return *function;
+}
+
+// A workspace for a call. On the CPU a thread keeps it between calls: it grows to the largest that was asked for and is given back
+// when the thread ends. On a GPU it is torch's memory, which may be given back at once: a later use is a later one of the stream.
+class Workspace {
+ public:
+  Workspace(int64_t bytes, const Arg &like) {
+    const DLTensor *t = like;
+    if (t != nullptr && t->device.device_type == kDLCUDA && bytes > 0) {
+      if (!allocator()) throw std::runtime_error("no allocator for GPU workspaces was set");
+      block_ = allocator()(bytes, t->device.device_id);
+      data_ = reinterpret_cast<void *>(block_.attr("data_ptr")().cast<uintptr_t>());
+      return;
+    }
+#if defined(EP_EMULATED)
+    if (bytes <= 0) return;
+    own_.reset(std::malloc(size_t(bytes)));  // of the exact size and full of NaN, so that a wrong use is seen
+    data_ = own_.get();
+    if (data_ == nullptr) throw std::bad_alloc();
+    std::memset(data_, 0xff, size_t(bytes));
+#else
+    data_ = kept(bytes);
+#endif
+  }
+  void *data() const { return data_; }
+
+ private:
   struct Free {
     void operator()(void *p) const { std::free(p); }
   };
-  thread_local std::unique_ptr<void, Free> block;
-  thread_local int64_t size = 0;
-  if (size < bytes) {
-    const int64_t rounded = (bytes + 4095) / 4096 * 4096;
-    block.reset();  // first, so that both are never held at once
-    block.reset(std::aligned_alloc(4096, size_t(rounded)));
-    size = block ? rounded : 0;
-    if (!block) throw std::bad_alloc();
+  static void *kept(int64_t bytes) {
+    thread_local std::unique_ptr<void, Free> block;
+    thread_local int64_t size = 0;
+    if (size < bytes) {
+      const int64_t rounded = (bytes + 4095) / 4096 * 4096;
+      block.reset();  // first, so that both are never held at once
+      block.reset(std::aligned_alloc(4096, size_t(rounded)));
+      size = block ? rounded : 0;
+      if (!block) throw std::bad_alloc();
+    }
+    return block.get();
   }
-  return block.get();
-}
+  void *data_ = nullptr;
+  py::object block_;
+  std::unique_ptr<void, Free> own_;
+};
 
 // A list of tensors; the capsules live as long as this does.
 struct Args {
@@ -124,6 +160,10 @@ PYBIND11_MODULE(_core, m) {
 #endif
   m.doc() = "enginepost's native kernels; use enginepost.kernels instead.";
 
+  m.attr("cuda") = ep_has_cuda() != 0;
+  m.def("set_stream", [](uintptr_t address) { stream = reinterpret_cast<void *>(address); });
+  m.def("set_allocator", [](const py::object &function) { allocator() = function; });
+
   m.def("isa", [] { return std::string(ep_cpu_isa()); });
   m.def("isas", [] {
     py::list out;
@@ -150,20 +190,18 @@ PYBIND11_MODULE(_core, m) {
 
   m.def("rms_norm_forward", [](O x, O weight, O y, O rstd, double eps, double offset) {
     Arg a(x), b(weight), c(y), d(rstd);
-    run([&] { return ep_rms_norm_forward(a, b, c, d, eps, offset, nullptr); });
+    run([&] { return ep_rms_norm_forward(a, b, c, d, eps, offset, stream); });
   });
   m.def("add_rms_norm_forward", [](O x, O residual, O weight, O y, O h, O rstd, double eps, double offset) {
     Arg a(x), b(residual), c(weight), d(y), e(h), f(rstd);
-    run([&] { return ep_add_rms_norm_forward(a, b, c, d, e, f, eps, offset, nullptr); });
+    run([&] { return ep_add_rms_norm_forward(a, b, c, d, e, f, eps, offset, stream); });
   });
   m.def("rms_norm_backward", [](O dy, O dh, O x, O weight, O rstd, O dx, O dweight, double offset) {
     Arg a(dy), b(dh), c(x), d(weight), e(rstd), f(dx), g(dweight);
-    const DLTensor *xt = c;
-    std::vector<char> workspace;
-    if (g.rank() > 0 && c.rank() == 2) {
-      workspace.resize(size_t(ep_rms_norm_backward_workspace_bytes(xt->shape[0], xt->shape[1])));
-    }
-    run([&] { return ep_rms_norm_backward(a, b, c, d, e, f, g, workspace.data(), offset, nullptr); });
+    int64_t bytes = 0;
+    if (g.rank() > 0 && c.rank() == 2) bytes = ep_rms_norm_backward_workspace_bytes(c->shape[0], c->shape[1]);
+    const Workspace workspace(bytes, c);
+    run([&] { return ep_rms_norm_backward(a, b, c, d, e, f, g, workspace.data(), offset, stream); });
   });
 
   m.def("attention_forward", [](O q, O k, O v, O cu_seqlens, O cu_seqlens_k, O seqused_k, O out, O lse, bool causal, int64_t window,
@@ -172,7 +210,8 @@ PYBIND11_MODULE(_core, m) {
     int64_t bytes = 0;
     if (a.rank() == 3 && d.rank() == 1) bytes = ep_attention_forward_workspace_bytes(d->shape[0], a->shape[2]);
     ep_attention_params p{causal, window, softcap, scale};
-    run([&] { return ep_attention_forward(a, b, c, d, e, f, g, h, p, scratch(bytes), nullptr); });
+    const Workspace workspace(bytes, a);
+    run([&] { return ep_attention_forward(a, b, c, d, e, f, g, h, p, workspace.data(), stream); });
   });
   m.def("paged_attention", [](O q, O k_cache, O v_cache, O cu_seqlens, O block_table, O seqused_k, O out, O lse, bool causal,
                               int64_t window, double softcap, double scale) {
@@ -180,7 +219,8 @@ PYBIND11_MODULE(_core, m) {
     int64_t bytes = 0;
     if (a.rank() == 3 && f.rank() == 1) bytes = ep_attention_forward_workspace_bytes(f->shape[0], a->shape[2]);
     ep_attention_params p{causal, window, softcap, scale};
-    run([&] { return ep_paged_attention(a, b, c, d, e, f, g, h, p, scratch(bytes), nullptr); });
+    const Workspace workspace(bytes, a);
+    run([&] { return ep_paged_attention(a, b, c, d, e, f, g, h, p, workspace.data(), stream); });
   });
   m.def("attention_backward", [](O dout, O q, O k, O v, O out, O lse, O cu_seqlens, O cu_seqlens_k, O seqused_k, O dq, O dk, O dv,
                                  bool causal, int64_t window, double softcap, double scale) {
@@ -190,7 +230,8 @@ PYBIND11_MODULE(_core, m) {
       bytes = ep_attention_backward_workspace_bytes(g->shape[0], b->shape[0], b->shape[1], c->shape[1], b->shape[2]);
     }
     ep_attention_params p{causal, window, softcap, scale};
-    run([&] { return ep_attention_backward(a, b, c, d, e, f, g, h, i, j, l, n, p, scratch(bytes), nullptr); });
+    const Workspace workspace(bytes, a);
+    run([&] { return ep_attention_backward(a, b, c, d, e, f, g, h, i, j, l, n, p, workspace.data(), stream); });
   });
 
   m.def("merge_weighted_sum", [](const py::list &x, const py::list &factors, O out) {
@@ -227,7 +268,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("merge_rank_mask", [](O x, O base, O limits, uint64_t key, int64_t start, O mask) {
     Arg a(x), b(base), c(limits), d(mask);
     const int64_t bytes = c.rank() == 1 ? ep_merge_rank_mask_workspace_bytes(c->shape[0]) : 0;
-    run([&] { return ep_merge_rank_mask(a, b, c, key, start, d, scratch(bytes)); });
+    const Workspace workspace(bytes, a);
+    run([&] { return ep_merge_rank_mask(a, b, c, key, start, d, workspace.data()); });
   });
   m.def("merge_task_sum", [](O base, const py::list &x, const py::list &selects, bool elect, bool normalize, int zero_sign,
                              double scale, int64_t start, O out) {
@@ -253,55 +295,56 @@ PYBIND11_MODULE(_core, m) {
 
   m.def("rope", [](O x, O cos, O sin, O y, int64_t heads, bool inverse) {
     Arg a(x), b(cos), c(sin), d(y);
-    run([&] { return ep_rope(a, b, c, d, heads, inverse, nullptr); });
+    run([&] { return ep_rope(a, b, c, d, heads, inverse, stream); });
   });
 
   m.def("glu_forward", [](O x, O y, int activation) {
     Arg a(x), b(y);
-    run([&] { return ep_glu_forward(a, b, activation, nullptr); });
+    run([&] { return ep_glu_forward(a, b, activation, stream); });
   });
   m.def("glu_backward", [](O dy, O x, O dx, int activation) {
     Arg a(dy), b(x), c(dx);
-    run([&] { return ep_glu_backward(a, b, c, activation, nullptr); });
+    run([&] { return ep_glu_backward(a, b, c, activation, stream); });
   });
 
   m.def("linear_logprob_forward", [](O hidden, O weight, O targets, O logprob, O lse, O entropy, O direction, double softcap) {
     Arg a(hidden), b(weight), c(targets), d(logprob), e(lse), f(entropy), g(direction);
     const int64_t bytes = ep_linear_logprob_forward_workspace_bytes_for(a, b, g);
-    run([&] { return ep_linear_logprob_forward(a, b, c, d, e, f, g, softcap, scratch(bytes), nullptr); });
+    const Workspace workspace(bytes, a);
+    run([&] { return ep_linear_logprob_forward(a, b, c, d, e, f, g, softcap, workspace.data(), stream); });
   });
   m.def("linear_logprob_backward",
         [](O dlogprob, O dentropy, O hidden, O weight, O targets, O lse, O entropy, O dhidden, O dweight, double softcap) {
           Arg a(dlogprob), b(dentropy), c(hidden), d(weight), e(targets), f(lse), g(entropy), h(dhidden), i(dweight);
           const int64_t bytes = ep_linear_logprob_backward_workspace_bytes_for(c, d, h, i);
-          run([&] { return ep_linear_logprob_backward(a, b, c, d, e, f, g, h, i, softcap, scratch(bytes), nullptr); });
+          const Workspace workspace(bytes, c);
+          run([&] { return ep_linear_logprob_backward(a, b, c, d, e, f, g, h, i, softcap, workspace.data(), stream); });
         });
 
   m.def("matmul", [](O a, O b, O a2, O b2, O c, bool accumulate) {
     Arg x(a), y(b), x2(a2), y2(b2), z(c);
     const int64_t bytes = ep_matmul_workspace_bytes_for(x, y, x2, y2, z);
-    run([&] { return ep_matmul(x, y, x2, y2, z, accumulate, scratch(bytes), nullptr); });
+    const Workspace workspace(bytes, x);
+    run([&] { return ep_matmul(x, y, x2, y2, z, accumulate, workspace.data(), stream); });
   });
 
   m.def("nf4_quantize", [](O x, O packed, O absmax, int64_t blocksize, int type) {
     Arg a(x), b(packed), c(absmax);
-    run([&] { return ep_nf4_quantize(a, b, c, blocksize, type, nullptr); });
+    run([&] { return ep_nf4_quantize(a, b, c, blocksize, type, stream); });
   });
   m.def("nf4_dequantize",
         [](O packed, O absmax, O nested_absmax, O nested_code, double offset, int64_t blocksize, int type, O out) {
           Arg a(packed), b(absmax), c(nested_absmax), d(nested_code), e(out);
           ep_nf4_tensor w{a, b, c, d, offset, blocksize, type};
-          run([&] { return ep_nf4_dequantize(w, e, nullptr); });
+          run([&] { return ep_nf4_dequantize(w, e, stream); });
         });
   m.def("nf4_matmul", [](O a, O packed, O absmax, O nested_absmax, O nested_code, double offset, int64_t blocksize, int type,
                          int64_t n, int64_t k, bool transposed, O a2, O b2, O c, bool accumulate) {
     Arg x(a), p(packed), s(absmax), t(nested_absmax), u(nested_code), x2(a2), y2(b2), z(c);
     ep_nf4_tensor w{p, s, t, u, offset, blocksize, type};
-    int64_t bytes = 0;
-    if (z.rank() == 2 && n >= 0 && k >= 0) {
-      bytes = ep_nf4_matmul_workspace_bytes(z->shape[0], n, k, transposed, y2.rank() == 2 ? y2->shape[0] : 0);
-    }
-    run([&] { return ep_nf4_matmul(x, w, n, k, transposed, x2, y2, z, accumulate, scratch(bytes), nullptr); });
+    const int64_t bytes = ep_nf4_matmul_workspace_bytes_for(x, w, n, k, transposed, x2, y2, z);
+    const Workspace workspace(bytes, x);
+    run([&] { return ep_nf4_matmul(x, w, n, k, transposed, x2, y2, z, accumulate, workspace.data(), stream); });
   });
   m.def("dynamic_code", [](bool is_signed) {
     const float *code = ep_dynamic_code(is_signed);
@@ -309,29 +352,29 @@ PYBIND11_MODULE(_core, m) {
   });
   m.def("blockwise8_quantize", [](O x, O q, O absmax, int64_t blocksize, bool is_signed) {
     Arg a(x), b(q), c(absmax);
-    run([&] { return ep_blockwise8_quantize(a, b, c, blocksize, is_signed, nullptr); });
+    run([&] { return ep_blockwise8_quantize(a, b, c, blocksize, is_signed, stream); });
   });
   m.def("blockwise8_dequantize", [](O q, O absmax, O code, O out, int64_t blocksize, double offset) {
     Arg a(q), b(absmax), c(code), d(out);
-    run([&] { return ep_blockwise8_dequantize(a, b, c, d, blocksize, offset, nullptr); });
+    run([&] { return ep_blockwise8_dequantize(a, b, c, d, blocksize, offset, stream); });
   });
 
   m.def("adamw_step", [](O param, O grad, O exp_avg, O exp_avg_sq, O master, double lr, double beta1, double beta2, double eps,
                          double weight_decay, int64_t step, double grad_scale) {
     Arg a(param), b(grad), c(exp_avg), d(exp_avg_sq), e(master);
     ep_adamw_params p{lr, beta1, beta2, eps, weight_decay, step, grad_scale};
-    run([&] { return ep_adamw_step(a, b, c, d, e, p, nullptr); });
+    run([&] { return ep_adamw_step(a, b, c, d, e, p, stream); });
   });
   m.def("adamw8_step", [](O param, O grad, O exp_avg, O exp_avg_sq, O exp_avg_scale, O exp_avg_sq_scale, O master, double lr,
                           double beta1, double beta2, double eps, double weight_decay, int64_t step, double grad_scale) {
     Arg a(param), b(grad), c(exp_avg), d(exp_avg_sq), e(exp_avg_scale), f(exp_avg_sq_scale), g(master);
     ep_adamw_params p{lr, beta1, beta2, eps, weight_decay, step, grad_scale};
-    run([&] { return ep_adamw8_step(a, b, c, d, e, f, g, p, nullptr); });
+    run([&] { return ep_adamw8_step(a, b, c, d, e, f, g, p, stream); });
   });
   m.def("sum_squares", [](O x) {
     Arg a(x);
     double result = 0;
-    run([&] { return ep_sum_squares(a, &result, nullptr); });
+    run([&] { return ep_sum_squares(a, &result, stream); });
     return result;
   });
 }

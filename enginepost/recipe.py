@@ -122,6 +122,8 @@ class Recipe(_Strict):
     # model
     dtype: Literal["bf16", "fp32"] = "bf16"
     lora: Lora | None = Lora()  # null = full fine-tuning
+    quantize: Literal["nf4", "nf4-double", "fp4"] | None = None  # the frozen weights in 4 bits (QLoRA)
+    weights: Literal["resident", "host", "disk"] = "resident"  # where the frozen weights live; see docs/memory.md
     checkpointing: bool = True  # recompute each block's activations in backward: less memory, about a quarter more time
     # run
     save_every: Count = 100  # optimizer steps between checkpoints: what a crash can cost
@@ -145,6 +147,10 @@ class Recipe(_Strict):
 METHODS: dict[str, tuple[str, str]] = {
     "sft": ("enginepost.recipe", "Recipe"),
     "pretrain": ("enginepost.recipe", "Recipe"),
+    "grpo": ("enginepost.recipe_online", "GrpoRecipe"),
+    "rloo": ("enginepost.recipe_online", "RlooRecipe"),
+    "ppo": ("enginepost.recipe_online", "PpoRecipe"),
+    "gkd": ("enginepost.recipe_online", "GkdRecipe"),
 }
 
 
@@ -159,7 +165,16 @@ def recipe_class(method: Any) -> type[Recipe]:
 
 
 # What a resumed run may change: none of these alters a weight.
-FREE_ON_RESUME = {"output", "save_every", "keep_last", "log_every", "eval_every", "tensorboard", "checkpointing"}
+FREE_ON_RESUME = {
+    "output",
+    "save_every",
+    "keep_last",
+    "log_every",
+    "eval_every",
+    "tensorboard",
+    "checkpointing",
+    "weights",
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -211,6 +226,12 @@ def load_recipe(
             f"{place}: lora: the recipe continues the adapter {checked.adapter}, so rank, scale and targets are the adapter's own; "
             "remove the key lora"
         )
+    for key in ("quantize", "weights"):
+        if checked.lora is None and getattr(checked, key) not in (None, "resident"):
+            raise RecipeError(
+                f"{places.get((key,), name)}: {key}: only frozen weights can be in 4 bits or out of memory, and with `lora: null` "
+                f"all of them train; remove the key {key}, or train an adapter"
+            )
     return checked
 
 

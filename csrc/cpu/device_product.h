@@ -1,4 +1,5 @@
-// Checked tensors as the GPU's matrix products take them (csrc/cuda/matmul.h). Used by the extern "C" functions of several families.
+// Checked tensors as the GPU's matrix products take them (csrc/cuda/matmul.h). Used by the extern "C" functions of several
+// families.
 #pragma once
 
 #include "dispatch.h"
@@ -32,9 +33,15 @@ static inline int64_t device_product_bytes(const gemm::Product &p, const DLDevic
   return cuda::current_device(device) == EP_OK ? gemm::workspace_bytes(p, device.multiprocessors) : 0;
 }
 
-static inline int run_device_product(const char *fn, const gemm::Product &p, const DLDevice &on, void *workspace, void *stream) {
+static inline int check_device_product(const char *fn, const gemm::Product &p) {
   constexpr int64_t MOST = (int64_t(1) << 31) - 256;
-  EP_REQUIRE(p.m <= MOST && p.n <= MOST && p.depth[0] <= MOST && p.depth[1] <= MOST, "%s: a dimension has more than 2^31 elements", fn);
+  EP_REQUIRE(p.m <= MOST && p.n <= MOST && p.depth[0] <= MOST && p.depth[1] <= MOST, "%s: a dimension has more than 2^31 elements",
+             fn);
+  return EP_OK;
+}
+
+static inline int run_device_product(const char *fn, const gemm::Product &p, const DLDevice &on, void *workspace, void *stream) {
+  if (int status = check_device_product(fn, p)) return status;
   cuda::UseDevice use(on.device_id);
   cuda::Device device;
   if (int status = cuda::current_device(device)) return status;

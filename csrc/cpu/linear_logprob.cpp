@@ -125,8 +125,8 @@ static int64_t carve_backward(LogprobBackward &a, char *workspace, int64_t rows,
 #if defined(EP_GPU)
 static cuda::LogprobProblem device_problem(const Inputs &in) {
   const LogprobShape &s = in.shape;
-  return {s.hidden,  s.weight, s.hidden_row, s.weight_row, kind_of(in.hidden.dtype), s.targets, s.tokens, s.width,
-          s.vocab, s.softcap};
+  return {s.hidden,  s.weight, s.hidden_row, s.weight_row, kind_of(in.hidden.dtype),
+          s.targets, s.tokens, s.width,      s.vocab,      s.softcap};
 }
 
 static int check_device_workspace(const char *fn, const void *workspace) {

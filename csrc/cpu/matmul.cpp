@@ -261,7 +261,7 @@ void matmul(const Matmul &g) {
 
 #else
 
-#include "device_product.h"
+#include "device_nf4.h"
 
 using namespace ep;
 
@@ -297,7 +297,8 @@ struct Arguments {
 static int check_matmul(Arguments &x, const DLTensor *a, const DLTensor *b, const DLTensor *a2, const DLTensor *b2,
                         const DLTensor *c) {
   const char *fn = "matmul";
-  if (!view(x.c, c, fn, "c", 2, NUMBERS) || !strided(x.a[0], a, fn, "a") || !strided(x.b[0], b, fn, "b")) return EP_INVALID_ARGUMENT;
+  if (!view(x.c, c, fn, "c", 2, NUMBERS) || !strided(x.a[0], a, fn, "a") || !strided(x.b[0], b, fn, "b"))
+    return EP_INVALID_ARGUMENT;
   EP_REQUIRE((a2 == nullptr) == (b2 == nullptr), "%s: a2 and b2 come together", fn);
   if (a2 != nullptr && (!strided(x.a[1], a2, fn, "a2") || !strided(x.b[1], b2, fn, "b2"))) return EP_INVALID_ARGUMENT;
   const int64_t m = x.c.shape[0], n = x.c.shape[1];
@@ -352,30 +353,82 @@ extern "C" int64_t ep_nf4_matmul_workspace_bytes(int64_t m, int64_t n, int64_t k
   return ep_matmul_workspace_bytes(m, transposed ? k : n, (transposed ? n : k) + k2);
 }
 
-extern "C" int ep_nf4_matmul(const DLTensor *a, ep_nf4_tensor weight, int64_t n, int64_t k, int transposed, const DLTensor *a2,
-                             const DLTensor *b2, const DLTensor *c, int accumulate, void *workspace, void *) {
-  const char *fn = "nf4_matmul";
-  Tensor av[2], bv;
+namespace {
+struct Nf4Arguments {
+  Tensor a[2], b[2], c;  // b[0], the weight, stays empty
   Nf4 w;
-  EP_VIEW(cv, c, 2, FLOATS);
+};
+}  // namespace
+
+static int check_nf4_matmul(Nf4Arguments &x, const DLTensor *a, const ep_nf4_tensor &weight, int64_t n, int64_t k, int transposed,
+                            const DLTensor *a2, const DLTensor *b2, const DLTensor *c) {
+  const char *fn = "nf4_matmul";
+  if (!view(x.c, c, fn, "c", 2, NUMBERS)) return EP_INVALID_ARGUMENT;
   EP_REQUIRE(n >= 0 && k >= 0 && (k == 0 || n < (int64_t(1) << 56) / k), "%s: weight (%lld, %lld) is an impossible shape", fn,
              (long long)n, (long long)k);
-  const int status = nf4_view(w, weight, n * k, fn);
-  if (status != EP_OK) return status;
-  if (!strided(av[0], a, fn, "a")) return EP_INVALID_ARGUMENT;
+  if (int status = nf4_view(x.w, weight, n * k, fn)) return status;
+  if (!strided(x.a[0], a, fn, "a")) return EP_INVALID_ARGUMENT;
   EP_REQUIRE((a2 == nullptr) == (b2 == nullptr), "%s: a2 and b2 come together", fn);
-  if (a2 != nullptr && (!strided(av[1], a2, fn, "a2") || !strided(bv, b2, fn, "b2"))) return EP_INVALID_ARGUMENT;
-  const int64_t m = cv.shape[0], columns = transposed ? k : n, depth = transposed ? n : k, depth2 = av[1].shape[1];
-  EP_REQUIRE(av[0].shape[0] == m && av[0].shape[1] == depth && cv.shape[1] == columns,
-             "%s: a (%lld, %lld) and a weight (%lld, %lld)%s do not make c (%lld, %lld)", fn, (long long)av[0].shape[0],
-             (long long)av[0].shape[1], (long long)n, (long long)k, transposed ? ", transposed," : "", (long long)m,
-             (long long)cv.shape[1]);
-  EP_REQUIRE(a2 == nullptr || (av[1].shape[0] == m && bv.shape[1] == columns && bv.shape[0] == depth2),
-             "%s: a2 (%lld, %lld) and b2 (%lld, %lld) do not make c (%lld, %lld)", fn, (long long)av[1].shape[0], (long long)depth2,
-             (long long)bv.shape[0], (long long)bv.shape[1], (long long)m, (long long)columns);
-  if (cv.size == 0) return EP_OK;
-  EP_REQUIRE(cv.stride[0] >= columns || m == 1, "%s: rows of c overlap", fn);
+  if (a2 != nullptr && (!strided(x.a[1], a2, fn, "a2") || !strided(x.b[1], b2, fn, "b2"))) return EP_INVALID_ARGUMENT;
+  const int64_t m = x.c.shape[0], columns = transposed ? k : n, depth = transposed ? n : k;
+  EP_REQUIRE(x.a[0].shape[0] == m && x.a[0].shape[1] == depth && x.c.shape[1] == columns,
+             "%s: a (%lld, %lld) and a weight (%lld, %lld)%s do not make c (%lld, %lld)", fn, (long long)x.a[0].shape[0],
+             (long long)x.a[0].shape[1], (long long)n, (long long)k, transposed ? ", transposed," : "", (long long)m,
+             (long long)x.c.shape[1]);
+  EP_REQUIRE(a2 == nullptr || (x.a[1].shape[0] == m && x.b[1].shape[1] == columns && x.b[1].shape[0] == x.a[1].shape[1]),
+             "%s: a2 (%lld, %lld) and b2 (%lld, %lld) do not make c (%lld, %lld)", fn, (long long)x.a[1].shape[0],
+             (long long)x.a[1].shape[1], (long long)x.b[1].shape[0], (long long)x.b[1].shape[1], (long long)m, (long long)columns);
+  EP_REQUIRE(x.c.size == 0 || x.c.stride[0] >= columns || m == 1, "%s: rows of c overlap", fn);
+  return check_one_device(fn, {&x.c, &x.a[0], &x.a[1], &x.b[1]});
+}
+
+#if defined(EP_GPU)
+static cuda::Nf4Matmul device_nf4_matmul(const Nf4Arguments &x, int64_t n, int64_t k, int transposed, int accumulate) {
+  cuda::Nf4Matmul on{device_product(x.a, x.b, x.c, accumulate), device_nf4(x.w), n, k, transposed != 0};
+  on.product.a[0] = operand_of(x.a[0]), on.product.depth[0] = x.a[0].shape[1];
+  return on;
+}
+#endif
+
+extern "C" int64_t ep_nf4_matmul_workspace_bytes_for(const DLTensor *a, ep_nf4_tensor weight, int64_t n, int64_t k, int transposed,
+                                                     const DLTensor *a2, const DLTensor *b2, const DLTensor *c) {
+  Nf4Arguments x;
+  if (check_nf4_matmul(x, a, weight, n, k, transposed, a2, b2, c) != EP_OK) return 0;
+#if defined(EP_GPU)
+  if (on_gpu(x.c.device)) {
+    cuda::UseDevice use(x.c.device.device_id);
+    cuda::Device device;
+    if (cuda::current_device(device) != EP_OK) return 0;
+    return cuda::nf4_matmul_workspace(device_nf4_matmul(x, n, k, transposed, 0), device.multiprocessors);
+  }
+#endif
+  return ep_nf4_matmul_workspace_bytes(x.c.shape[0], n, k, transposed, x.b[1].shape[0]);
+}
+
+extern "C" int ep_nf4_matmul(const DLTensor *a, ep_nf4_tensor weight, int64_t n, int64_t k, int transposed, const DLTensor *a2,
+                             const DLTensor *b2, const DLTensor *c, int accumulate, void *workspace, void *stream) {
+  const char *fn = "nf4_matmul";
+  Nf4Arguments x;
+  if (int status = check_nf4_matmul(x, a, weight, n, k, transposed, a2, b2, c)) return status;
+  if (x.c.size == 0) return EP_OK;
+#if defined(EP_GPU)
+  if (on_gpu(x.c.device)) {
+    cuda::UseDevice use(x.c.device.device_id);
+    cuda::Device device;
+    if (int status = cuda::current_device(device)) return status;
+    const cuda::Nf4Matmul on = device_nf4_matmul(x, n, k, transposed, accumulate);
+    if (int status = check_device_product(fn, on.product)) return status;
+    EP_REQUIRE(cuda::nf4_matmul_workspace(on, device.multiprocessors) == 0 ||
+                   (workspace != nullptr && reinterpret_cast<uintptr_t>(workspace) % 16 == 0),
+               "%s: workspace must be 16-byte aligned", fn);
+    return cuda::nf4_matmul(on, device.multiprocessors, workspace, stream);
+  }
+#endif
+  (void)stream;
   EP_REQUIRE(workspace != nullptr && reinterpret_cast<uintptr_t>(workspace) % 64 == 0, "%s: workspace must be 64-byte aligned", fn);
+  const Tensor *av = x.a, &bv = x.b[1], &cv = x.c;
+  const Nf4 &w = x.w;
+  const int64_t m = cv.shape[0], columns = transposed ? k : n, depth = transposed ? n : k, depth2 = av[1].shape[1];
   if (fused(m, k, transposed) && av[0].stride[1] == 1) {
     Nf4Few f{w,
              m,

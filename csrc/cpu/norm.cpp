@@ -1,43 +1,14 @@
 // RMSNorm: y = x * r * (offset + w), r = rsqrt(mean(x^2) + eps). One row is read twice from cache: the sum of squares, then the
 // result. Backward with g = dy * (offset + w): dx = r * g - x * r^3 * sum(g x) / H, dw = sum over rows of dy * x * r.
 //
-// Layout: rows (T, H) contiguous. Rows are dealt out in tasks of ROWS; each task of the backward sums its own dw in float32 and the
-// partial sums are added in task order, so the result does not depend on the thread count.
+// Layout: rows (T, H) contiguous. Rows are dealt out in tasks of NORM_ROWS; each task of the backward sums its own dw in float32
+// and the partial sums are added in task order, so the result does not depend on the thread count.
 #include "enginepost/norm.h"
 
-#include "isa.h"
+#include "norm.h"
 #include "parallel.h"
 #include "simd.h"
 #include "tensor.h"
-
-namespace ep {
-
-struct NormForward {
-  const char *x, *residual, *weight;  // residual null: plain norm
-  char *y, *h;
-  float *rstd;
-  int64_t rows, width;
-  float eps, offset;
-  bool bf16, weight_bf16;
-};
-
-struct NormBackward {
-  const char *dy, *dh, *x, *weight;
-  const float *rstd;
-  char *dx, *dweight;
-  float *partial;  // (tasks, H), null when dweight is not wanted
-  int64_t rows, width;
-  float offset;
-  bool bf16, weight_bf16;
-};
-
-constexpr int64_t ROWS = 16;
-static inline int64_t norm_tasks(int64_t rows) { return (rows + ROWS - 1) / ROWS; }
-
-}  // namespace ep
-
-EP_KERNEL(norm_forward, NormForward)
-EP_KERNEL(norm_backward, NormBackward)
 
 #ifndef EP_API
 
@@ -111,7 +82,7 @@ static void backward_row(const NormBackward &a, int64_t row, float *dw) {
 template <class T, class W>
 static void forward(const NormForward &a) {
   parallel_for(norm_tasks(a.rows), [&](int64_t task, int) {
-    for (int64_t row = task * ROWS; row < a.rows && row < (task + 1) * ROWS; row++) forward_row<T, W>(a, row);
+    for (int64_t row = task * NORM_ROWS; row < a.rows && row < (task + 1) * NORM_ROWS; row++) forward_row<T, W>(a, row);
   });
 }
 
@@ -121,9 +92,9 @@ static void backward(const NormBackward &a) {
   parallel_for(tasks, [&](int64_t task, int) {
     float *dw = a.partial == nullptr ? nullptr : a.partial + task * a.width;
     if (dw != nullptr) std::memset(dw, 0, size_t(a.width) * 4);
-    for (int64_t row = task * ROWS; row < a.rows && row < (task + 1) * ROWS; row++) backward_row<T, W>(a, row, dw);
+    for (int64_t row = task * NORM_ROWS; row < a.rows && row < (task + 1) * NORM_ROWS; row++) backward_row<T, W>(a, row, dw);
   });
-  if (a.partial == nullptr) return;
+  if (a.dweight == nullptr) return;
   W *dweight = reinterpret_cast<W *>(a.dweight);
   const int64_t strips = (a.width + 4 * N - 1) / (4 * N);
   parallel_for(strips, [&](int64_t strip, int) {
@@ -137,13 +108,13 @@ static void backward(const NormBackward &a) {
 }
 
 void norm_forward(const NormForward &a) {
-  if (!a.bf16) return forward<float, float>(a);
-  return a.weight_bf16 ? forward<bf16, bf16>(a) : forward<bf16, float>(a);
+  if (a.dtype != BF16) return forward<float, float>(a);
+  return a.weight_dtype == BF16 ? forward<bf16, bf16>(a) : forward<bf16, float>(a);
 }
 
 void norm_backward(const NormBackward &a) {
-  if (!a.bf16) return backward<float, float>(a);
-  return a.weight_bf16 ? backward<bf16, bf16>(a) : backward<bf16, float>(a);
+  if (a.dtype != BF16) return backward<float, float>(a);
+  return a.weight_dtype == BF16 ? backward<bf16, bf16>(a) : backward<bf16, float>(a);
 }
 
 }  // namespace EP_ISA
@@ -173,16 +144,18 @@ static int check_common(const char *fn, const Tensor &x, const Tensor &w, const 
 }
 
 static int forward(const char *fn, const DLTensor *x, const DLTensor *residual, const DLTensor *weight, const DLTensor *y,
-                   const DLTensor *h, const DLTensor *rstd, double eps, double offset, bool add) {
-  EP_VIEW(xv, x, 2, FLOATS);
-  EP_VIEW(wv, weight, 1, FLOATS);
-  EP_VIEW(yv, y, 2, FLOATS);
-  EP_VIEW(rv, rstd, 1, F32);
+                   const DLTensor *h, const DLTensor *rstd, double eps, double offset, bool add, void *stream) {
+  EP_VIEW(xv, x, 2, FLOATS | GPU);
+  EP_VIEW(wv, weight, 1, FLOATS | GPU);
+  EP_VIEW(yv, y, 2, FLOATS | GPU);
+  EP_VIEW(rv, rstd, 1, F32 | GPU);
   Tensor residual_view, hv;
   if (int status = check_common(fn, xv, wv, rv)) return status;
   if (int status = check_rows(fn, "y", yv, xv)) return status;
   if (add) {
-    if (!view(residual_view, residual, fn, "residual", 2, FLOATS) || !view(hv, h, fn, "h", 2, FLOATS)) return EP_INVALID_ARGUMENT;
+    if (!view(residual_view, residual, fn, "residual", 2, FLOATS | GPU) || !view(hv, h, fn, "h", 2, FLOATS | GPU)) {
+      return EP_INVALID_ARGUMENT;
+    }
     if (int status = check_rows(fn, "residual", residual_view, xv)) return status;
     if (int status = check_rows(fn, "h", hv, xv)) return status;
   }
@@ -197,35 +170,34 @@ static int forward(const char *fn, const DLTensor *x, const DLTensor *residual, 
                    xv.shape[1],
                    float(eps),
                    float(offset),
-                   xv.dtype == BF16,
-                   wv.dtype == BF16};
-  EP_RUN(norm_forward, args);
-  return EP_OK;
+                   xv.dtype,
+                   wv.dtype};
+  EP_DISPATCH(norm_forward, args, stream, fn, &xv, &residual_view, &wv, &yv, &hv, &rv);
 }
 
 extern "C" int ep_rms_norm_forward(const DLTensor *x, const DLTensor *weight, const DLTensor *y, const DLTensor *rstd, double eps,
-                                   double offset, void *) {
-  return forward("rms_norm_forward", x, nullptr, weight, y, nullptr, rstd, eps, offset, false);
+                                   double offset, void *stream) {
+  return forward("rms_norm_forward", x, nullptr, weight, y, nullptr, rstd, eps, offset, false, stream);
 }
 
 extern "C" int ep_add_rms_norm_forward(const DLTensor *x, const DLTensor *residual, const DLTensor *weight, const DLTensor *y,
-                                       const DLTensor *h, const DLTensor *rstd, double eps, double offset, void *) {
-  return forward("add_rms_norm_forward", x, residual, weight, y, h, rstd, eps, offset, true);
+                                       const DLTensor *h, const DLTensor *rstd, double eps, double offset, void *stream) {
+  return forward("add_rms_norm_forward", x, residual, weight, y, h, rstd, eps, offset, true, stream);
 }
 
 extern "C" int64_t ep_rms_norm_backward_workspace_bytes(int64_t rows, int64_t width) { return norm_tasks(rows) * width * 4; }
 
 extern "C" int ep_rms_norm_backward(const DLTensor *dy, const DLTensor *dh, const DLTensor *x, const DLTensor *weight,
                                     const DLTensor *rstd, const DLTensor *dx, const DLTensor *dweight, void *workspace,
-                                    double offset, void *) {
+                                    double offset, void *stream) {
   const char *fn = "rms_norm_backward";
-  EP_VIEW(xv, x, 2, FLOATS);
-  EP_VIEW(wv, weight, 1, FLOATS);
-  EP_VIEW(rv, rstd, 1, F32);
-  EP_VIEW(dyv, dy, 2, FLOATS);
-  EP_VIEW(dxv, dx, 2, FLOATS);
-  EP_VIEW_OPTIONAL(dhv, dh, 2, FLOATS);
-  EP_VIEW_OPTIONAL(dwv, dweight, 1, FLOATS);
+  EP_VIEW(xv, x, 2, FLOATS | GPU);
+  EP_VIEW(wv, weight, 1, FLOATS | GPU);
+  EP_VIEW(rv, rstd, 1, F32 | GPU);
+  EP_VIEW(dyv, dy, 2, FLOATS | GPU);
+  EP_VIEW(dxv, dx, 2, FLOATS | GPU);
+  EP_VIEW_OPTIONAL(dhv, dh, 2, FLOATS | GPU);
+  EP_VIEW_OPTIONAL(dwv, dweight, 1, FLOATS | GPU);
   if (int status = check_common(fn, xv, wv, rv)) return status;
   if (int status = check_rows(fn, "dy", dyv, xv)) return status;
   if (int status = check_rows(fn, "dx", dxv, xv)) return status;
@@ -235,12 +207,8 @@ extern "C" int ep_rms_norm_backward(const DLTensor *dy, const DLTensor *dh, cons
   if (dweight != nullptr) {
     EP_REQUIRE(dwv.dtype == wv.dtype && dwv.shape[0] == wv.shape[0], "%s: dweight must have the dtype and shape of weight", fn);
     EP_REQUIRE(workspace != nullptr || xv.size == 0, "%s: dweight needs a workspace", fn);
-    if (xv.size == 0) {
-      std::memset(dwv.data, 0, size_t(dwv.size) * (dwv.dtype == BF16 ? 2 : 4));
-      return EP_OK;
-    }
   }
-  if (xv.size == 0) return EP_OK;
+  if (xv.size == 0 && dweight == nullptr) return EP_OK;
   NormBackward args{dyv.data,
                     dhv.data,
                     xv.data,
@@ -252,10 +220,9 @@ extern "C" int ep_rms_norm_backward(const DLTensor *dy, const DLTensor *dh, cons
                     xv.shape[0],
                     xv.shape[1],
                     float(offset),
-                    xv.dtype == BF16,
-                    wv.dtype == BF16};
-  EP_RUN(norm_backward, args);
-  return EP_OK;
+                    xv.dtype,
+                    wv.dtype};
+  EP_DISPATCH(norm_backward, args, stream, fn, &xv, &dyv, &dhv, &wv, &rv, &dxv, &dwv);
 }
 
 #endif

@@ -305,6 +305,14 @@ extern "C" {
 const char *ep_last_error(void) { return ep::last_error; }
 const char *ep_cpu_isa(void) { return ep::isa_name(ep::cpu_isa()); }
 
+int ep_has_cuda(void) {
+#if defined(EP_CUDA)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 const char *ep_cpu_isas(void) {
   static const std::string all = [] {
     std::string out;

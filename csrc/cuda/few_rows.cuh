@@ -42,7 +42,7 @@ struct Dense {
   struct Held {
     uint4 bits;
   };
-  __device__ __forceinline__ void prepare() const {}
+  __device__ __forceinline__ Dense prepare() const { return *this; }  // by all threads
   __device__ __forceinline__ Held load(int64_t n, int64_t k) const {
     return {ptx::load_once(reinterpret_cast<const uint4 *>(data + n * row + k))};
   }
@@ -58,12 +58,12 @@ constexpr int FEW_WARPS = 8, FEW_COLUMNS = 32;
 
 // MB: blocks of 16 rows of x. x: rows at stride x_row, 16-byte aligned; k is a multiple of W's UNIT.
 template <class T, class WEIGHT, int MB>
-__global__ void __launch_bounds__(FEW_WARPS * 32) few_rows(const uint16_t *x, int64_t x_row, int m, int n, int64_t k, const WEIGHT weight,
-                                                         const Update update, const Target target) {
+__global__ void __launch_bounds__(FEW_WARPS * 32) few_rows(const uint16_t *x, int64_t x_row, int m, int n, int64_t k,
+                                                           const WEIGHT weight, const Update update, const Target target) {
   constexpr int NB = FEW_COLUMNS / 8, UNIT = WEIGHT::UNIT, CHUNK = 4 * UNIT;
   const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32, g = lane / 4, q = lane % 4;
   const int n0 = int(blockIdx.x) * FEW_COLUMNS;
-  weight.prepare();
+  const auto reader = weight.prepare();
   float acc[MB][NB][4];
 #pragma unroll
   for (int i = 0; i < MB; i++) {
@@ -73,11 +73,11 @@ __global__ void __launch_bounds__(FEW_WARPS * 32) few_rows(const uint16_t *x, in
       for (int e = 0; e < 4; e++) acc[i][j][e] = 0.f;
     }
   }
-  const auto fetch = [&](typename WEIGHT::Held (&held)[NB], int64_t at) {
+  const auto fetch = [&](typename WEIGHT::Held(&held)[NB], int64_t at) {
 #pragma unroll
     for (int j = 0; j < NB; j++) {
       const int row = n0 + j * 8 + g;
-      held[j] = row < n && at < k ? weight.load(row, at) : WEIGHT::none();
+      held[j] = row < n && at < k ? reader.load(row, at) : WEIGHT::none();
     }
   };
   typename WEIGHT::Held next[NB];
@@ -97,7 +97,8 @@ __global__ void __launch_bounds__(FEW_WARPS * 32) few_rows(const uint16_t *x, in
 #pragma unroll
         for (int half = 0; half < 2; half++) {
           const int row = i * 16 + half * 8 + g;
-          a[i][half] = row < m && at < k ? *reinterpret_cast<const uint4 *>(x + row * x_row + at + part * 8) : make_uint4(0, 0, 0, 0);
+          a[i][half] =
+              row < m && at < k ? *reinterpret_cast<const uint4 *>(x + row * x_row + at + part * 8) : make_uint4(0, 0, 0, 0);
         }
       }
 #pragma unroll
@@ -105,7 +106,7 @@ __global__ void __launch_bounds__(FEW_WARPS * 32) few_rows(const uint16_t *x, in
 #pragma unroll
         for (int j = 0; j < NB; j++) {
           uint32_t b0, b1;
-          weight.operands(held[j], part * 2 + s, b0, b1);
+          reader.operands(held[j], part * 2 + s, b0, b1);
 #pragma unroll
           for (int i = 0; i < MB; i++) {
             const uint4 &low = a[i][0], &high = a[i][1];

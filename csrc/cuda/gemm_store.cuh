@@ -1,5 +1,5 @@
-// What becomes of the accumulators of a product: rounded into c, or, where the depth is cut into slices, left as float32 partial sums
-// that a second kernel adds in the order of the slices.
+// What becomes of the accumulators of a product: rounded into c, or, where the depth is cut into slices, left as float32 partial
+// sums that a second kernel adds in the order of the slices.
 #pragma once
 
 #include "gemm.cuh"
@@ -106,6 +106,8 @@ struct Store {
   }
 };
 
+namespace {
+
 // c from the partial sums of all slices; rows from *m_limit - row0 on are left alone.
 __global__ void add_slices(const Target target, int m, int n, int slices, const int *m_limit, int row0) {
   int rows = m;
@@ -118,6 +120,8 @@ __global__ void add_slices(const Target target, int m, int n, int slices, const 
     put(target, int(i / n), int(i % n), alpha * sum);
   }
 }
+
+}  // namespace
 
 }  // namespace gemm
 }  // namespace ep

@@ -1,8 +1,8 @@
 // What the two passes of linear_logprob share: the list of rows that count, their hidden states side by side, the arithmetic of a
 // logit.
 //
-// Which rows count is known on the device alone (targets != -100), and nothing waits for it: kernels are launched for all rows, look
-// at the count, and blocks that have nothing to do return.
+// Which rows count is known on the device alone (targets != -100), and nothing waits for it: kernels are launched for all rows,
+// look at the count, and blocks that have nothing to do return.
 #pragma once
 
 #include "gemm.cuh"
@@ -42,9 +42,7 @@ inline dim3 grid_for(int64_t items, int64_t a_block = 256) {
 }
 
 // z log2(e) - reference, to the precision of z: the two large numbers cancel in the first fma, which rounds once.
-__device__ __forceinline__ float exponent_of(float z, float reference) {
-  return fmaf(z, LOG2E_REST, fmaf(z, LOG2E, -reference));
-}
+__device__ __forceinline__ float exponent_of(float z, float reference) { return fmaf(z, LOG2E_REST, fmaf(z, LOG2E, -reference)); }
 // 2^d for an integer d <= 0, exactly; 0 below the normal numbers.
 __device__ __forceinline__ float power_of_two(float d) {
   if (d != d) return d;
@@ -83,7 +81,7 @@ __global__ void list_rows(const int64_t *targets, int64_t tokens, int *rows, int
 
 // gathered (n, ld) = rows row0, row0 + 1, ... of the list, of hidden; 8 elements a thread. n = how many of `most` there are.
 __global__ void gather_rows(const uint16_t *hidden, int64_t hidden_row, const int *rows, const int *count, int64_t row0,
-                                   int64_t most, int width, uint16_t *gathered, int64_t ld) {
+                            int64_t most, int width, uint16_t *gathered, int64_t ld) {
   const int64_t left = *count - row0, n = left < most ? left : most, chunks = ld / 8, step = int64_t(gridDim.x) * blockDim.x;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n * chunks; i += step) {
     const int64_t row = i / chunks, column = i % chunks * 8;

@@ -42,7 +42,8 @@ struct Gradients {  // the epilogue of the product that makes the logits
         const int t = m + i * 16 + half * 8 + lane / 4;
         const bool there = t < limit;
         const float dlogprob = there ? row.dlogprob[t] : 0.f, lse = there ? row.lse[t] : 0.f;
-        const float dentropy = there && row.entropies ? row.dentropy[t] : 0.f, spread = there && row.entropies ? row.entropy[t] : 0.f;
+        const float dentropy = there && row.entropies ? row.dentropy[t] : 0.f,
+                    spread = there && row.entropies ? row.entropy[t] : 0.f;
         const int y = there ? row.target[t] - v0 : -1;
 #pragma unroll
         for (int j = 0; j < TILE::NB; j++) {
@@ -70,7 +71,8 @@ struct Gradients {  // the epilogue of the product that makes the logits
   }
 };
 
-// scale[0] = 2^s with the largest of |dlogprob| and |dentropy| times it in [1, 2), scale[1] = 2^-s; 1 where there is none. One block.
+// scale[0] = 2^s with the largest of |dlogprob| and |dentropy| times it in [1, 2), scale[1] = 2^-s; 1 where there is none. One
+// block.
 __global__ void find_scale(const float *dlogprob, const float *dentropy, const int *rows, const int *count, float *scale) {
   float *shared = shared_memory<float>();
   float most = 0.f;
@@ -90,8 +92,8 @@ __global__ void find_scale(const float *dlogprob, const float *dentropy, const i
 }
 
 __global__ void gather_gradients(const float *dlogprob, const float *dentropy, const float *lse, const float *entropy,
-                                        const int64_t *targets, int64_t vocab, const int *rows, const int *count, const float *scale,
-                                        const RowGradients out) {
+                                 const int64_t *targets, int64_t vocab, const int *rows, const int *count, const float *scale,
+                                 const RowGradients out) {
   const int step = int(gridDim.x * blockDim.x);
   for (int i = int(blockIdx.x * blockDim.x + threadIdx.x); i < *count; i += step) {
     const int t = rows[i];
@@ -107,7 +109,8 @@ __global__ void gather_gradients(const float *dlogprob, const float *dentropy, c
 
 // dhidden (T, K) from the sums of the rows that count, in T; rows that do not count are 0.
 template <class T>
-__global__ void scatter_rows(const float *sums, const int *rows, const int *count, int width, uint16_t *dhidden, int64_t dhidden_row) {
+__global__ void scatter_rows(const float *sums, const int *rows, const int *count, int width, uint16_t *dhidden,
+                             int64_t dhidden_row) {
   const int64_t step = int64_t(gridDim.x) * blockDim.x;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < int64_t(*count) * width; i += step) {
     dhidden[rows[i / width] * dhidden_row + i % width] = from_float<T>(sums[i]).bits;
@@ -199,8 +202,8 @@ int backward(const LogprobBackward &a, int multiprocessors, void *stream) {
   const int width = int(p.width);
   const uint16_t *hidden = reinterpret_cast<const uint16_t *>(p.hidden), *weight = reinterpret_cast<const uint16_t *>(p.weight);
   EP_TRY(launch(&list_rows, 1, 512, 64 * sizeof(int), stream, p.targets, p.tokens, b.rows, b.count));
-  EP_TRY(launch(&gather_rows, grid_for(p.tokens * b.hidden_row / 8), 256, 0, stream, hidden, p.hidden_row, b.rows, b.count, int64_t(0),
-                p.tokens, width, b.hidden, b.hidden_row));
+  EP_TRY(launch(&gather_rows, grid_for(p.tokens * b.hidden_row / 8), 256, 0, stream, hidden, p.hidden_row, b.rows, b.count,
+                int64_t(0), p.tokens, width, b.hidden, b.hidden_row));
   EP_TRY(launch(&find_scale, 1, 256, 256 * sizeof(float), stream, a.dlogprob, a.dentropy, b.rows, b.count, b.scale));
   EP_TRY(launch(&gather_gradients, grid_for(p.tokens), 256, 0, stream, a.dlogprob, a.dentropy, a.lse, a.entropy, p.targets, p.vocab,
                 b.rows, b.count, b.scale, b.row));
@@ -219,8 +222,10 @@ int backward(const LogprobBackward &a, int multiprocessors, void *stream) {
   }
   if (a.dhidden == nullptr) return EP_OK;
   uint16_t *dhidden = reinterpret_cast<uint16_t *>(a.dhidden);
-  EP_TRY(launch(&clear_skipped_halves, grid_for(p.tokens * width), 256, 0, stream, p.targets, p.tokens, width, dhidden, a.dhidden_row));
-  return launch(&scatter_rows<T>, grid_for(p.tokens * width), 256, 0, stream, b.dhidden, b.rows, b.count, width, dhidden, a.dhidden_row);
+  EP_TRY(launch(&clear_skipped_halves, grid_for(p.tokens * width), 256, 0, stream, p.targets, p.tokens, width, dhidden,
+                a.dhidden_row));
+  return launch(&scatter_rows<T>, grid_for(p.tokens * width), 256, 0, stream, b.dhidden, b.rows, b.count, width, dhidden,
+                a.dhidden_row);
 }
 
 }  // namespace

@@ -1,15 +1,16 @@
-// Log-probabilities, and the direction in which a frozen head's hidden states raise them (csrc/include/enginepost/linear_logprob.h).
+// Log-probabilities, and the direction in which a frozen head's hidden states raise them
+// (csrc/include/enginepost/linear_logprob.h).
 //
 // Rows that count go by in chunks. One product makes a chunk's logits, and no logit leaves the registers as it is: a warp has 64
 // columns of a row, a span, in its registers, and reduces them to
 //
 //   n = ceil(log2 e max z)        S = sum 2^(z log2 e - n)        D = sum 2^(z log2 e - n) (z log2 e - n)
 //
-// which a second kernel combines in the order of the spans. For the direction it also writes e = z' 2^(z log2 e - n) in 16 bits. The
-// reference n is an integer, so that e of every span can be brought to the reference of its row without another rounding (a shift of
-// exponents), and sum_v p_v z'_v W[v] = (1 / S) sum_v e_v W[v] is one more product: four T V K FLOP in all, as with logits in
-// memory, and one chunk of e instead of them. The sum is divided by S times (sum of e as rounded) / (sum of e), so that weights add
-// up to what they should: where one token has nearly all the mass, the rest is a small difference.
+// which a second kernel combines in the order of the spans. For the direction it also writes e = z' 2^(z log2 e - n) in 16 bits.
+// The reference n is an integer, so that e of every span can be brought to the reference of its row without another rounding (a
+// shift of exponents), and sum_v p_v z'_v W[v] = (1 / S) sum_v e_v W[v] is one more product: four T V K FLOP in all, as with logits
+// in memory, and one chunk of e instead of them. The sum is divided by S times (sum of e as rounded) / (sum of e), so that weights
+// add up to what they should: where one token has nearly all the mass, the rest is a small difference.
 //
 //   chunk of C rows:  hidden --gather--> H [C, K] --product--> spans (n, S, D) [V / 64, C], e [C, V]
 //                     spans --combine--> logprob, lse, entropy, N, 1 / S        e --rescale--> e 2^(n - N)
@@ -114,7 +115,7 @@ struct Logits {  // the epilogue of the product
   }
 };
 
-struct Row {  // what is known of a row once its spans are combined
+struct Row {                           // what is known of a row once its spans are combined
   float *reference, *inverse, *slope;  // [chunk]: N, what e W is multiplied by, z' of the target
 };
 
@@ -128,7 +129,8 @@ __global__ void combine_spans(const Spans spans, int64_t count_of_spans, const i
   if (int64_t(blockIdx.x) * 32 >= left) return;
   const bool there = row < left && row < spans.chunk, direction = spans.kept != nullptr;
   float reference = NOTHING;
-  for (int64_t s = group; there && s < count_of_spans; s += GROUPS) reference = fmaxf(reference, spans.reference[s * spans.chunk + row]);
+  for (int64_t s = group; there && s < count_of_spans; s += GROUPS)
+    reference = fmaxf(reference, spans.reference[s * spans.chunk + row]);
   shared[group * 32 + lane] = reference;
   __syncthreads();
   for (int w = 0; w < GROUPS; w++) reference = fmaxf(reference, shared[w * 32 + lane]);
@@ -185,9 +187,9 @@ __global__ void rescale(uint16_t *e, int64_t e_row, const Spans spans, const flo
 }
 
 template <class T>
-__global__ void finish_direction(const float *product, const uint16_t *weight, int64_t weight_row, const int64_t *targets, int64_t vocab,
-                                 const int *rows, const int *count, int64_t row0, int64_t chunk, int width, const Row of,
-                                 float *direction, int64_t direction_row) {
+__global__ void finish_direction(const float *product, const uint16_t *weight, int64_t weight_row, const int64_t *targets,
+                                 int64_t vocab, const int *rows, const int *count, int64_t row0, int64_t chunk, int width,
+                                 const Row of, float *direction, int64_t direction_row) {
   const int64_t left = *count - row0, n = left < chunk ? left : chunk, step = int64_t(gridDim.x) * blockDim.x;
   for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < n * width; i += step) {
     const int64_t row = i / width, column = i % width, t = rows[row0 + row], y = targets[t];
@@ -296,8 +298,8 @@ int forward(const LogprobForward &a, int multiprocessors, void *stream) {
                   a.direction_row));
   }
   for (int64_t row0 = 0; row0 < p.tokens; row0 += chunk) {
-    EP_TRY(launch(&gather_rows, grid_for(chunk * b.hidden_row / 8), 256, 0, stream, hidden, p.hidden_row, b.rows, b.count, row0, chunk,
-                  width, b.hidden, b.hidden_row));
+    EP_TRY(launch(&gather_rows, grid_for(chunk * b.hidden_row / 8), 256, 0, stream, hidden, p.hidden_row, b.rows, b.count, row0,
+                  chunk, width, b.hidden, b.hidden_row));
     EP_TRY(launch(&fill, grid_for(chunk), 256, 0, stream, b.spans.target, chunk, NAN));
     gemm::Problem g{};
     const bool aligned = reinterpret_cast<uintptr_t>(p.weight) % 16 == 0 && p.weight_row % 8 == 0;
@@ -307,13 +309,14 @@ int forward(const LogprobForward &a, int multiprocessors, void *stream) {
     const int64_t tiles = chunk / LogitTile::BM * (b.e_row / LogitTile::BN);
     EP_TRY(launch(&gemm::product<T, LogitTile, false, false, Logits>, dim3(unsigned(tiles)), LogitTile::THREADS,
                   LogitTile::SHARED_BYTES, stream, g, logits));
-    EP_TRY(launch(&combine_spans, dim3(unsigned(ceil_div(chunk, 32))), 256, 5 * 8 * 32 * sizeof(float), stream, b.spans, b.span_count,
-                  b.rows, b.count, row0, p.softcap, a.logprob, a.lse, a.entropy, b.row));
+    EP_TRY(launch(&combine_spans, dim3(unsigned(ceil_div(chunk, 32))), 256, 5 * 8 * 32 * sizeof(float), stream, b.spans,
+                  b.span_count, b.rows, b.count, row0, p.softcap, a.logprob, a.lse, a.entropy, b.row));
     if (a.direction == nullptr) continue;
-    EP_TRY(launch(&rescale<T>, grid_for(chunk * b.e_row / 8), 256, 0, stream, b.e, b.e_row, b.spans, b.row.reference, b.count, row0));
+    EP_TRY(
+        launch(&rescale<T>, grid_for(chunk * b.e_row / 8), 256, 0, stream, b.e, b.e_row, b.spans, b.row.reference, b.count, row0));
     EP_TRY(gemm::run(direction_product(p, b, row0), multiprocessors, b.gemm, stream));
-    EP_TRY(launch(&finish_direction<T>, grid_for(chunk * width), 256, 0, stream, b.product, weight, p.weight_row, p.targets, p.vocab,
-                  b.rows, b.count, row0, chunk, width, b.row, a.direction, a.direction_row));
+    EP_TRY(launch(&finish_direction<T>, grid_for(chunk * width), 256, 0, stream, b.product, weight, p.weight_row, p.targets,
+                  p.vocab, b.rows, b.count, row0, chunk, width, b.row, a.direction, a.direction_row));
   }
   return EP_OK;
 }

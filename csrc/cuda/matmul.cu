@@ -1,9 +1,9 @@
-// Matrix products: operands made ready (see matmul.h: parts of numbers that are not of the type that is multiplied), the tile chosen,
-// the product, the slices added.
+// Matrix products: operands made ready (see matmul.h: parts of numbers that are not of the type that is multiplied), the tile
+// chosen, the product, the slices added. Up to 16 rows against a matrix that lies along the depth go to few_rows.cuh.
 #include <cstdint>
 
 #include "device.h"
-#include "gemm_store.cuh"
+#include "few_rows.cuh"
 
 namespace ep {
 namespace gemm {
@@ -58,8 +58,8 @@ int launch_split(const Operand &x, int64_t outer_stride, int64_t inner_stride, i
   const int64_t blocks = ceil_div(outer * inner, 256);
   const dim3 grid(unsigned(blocks < 4096 ? blocks : 4096));
   if (x.kind == Kind::f32) {
-    return launch(&split<T, float>, grid, 256, 0, stream, reinterpret_cast<const float *>(x.data), outer_stride, inner_stride, outer,
-                  inner, ld, parts, out);
+    return launch(&split<T, float>, grid, 256, 0, stream, reinterpret_cast<const float *>(x.data), outer_stride, inner_stride,
+                  outer, inner, ld, parts, out);
   }
   if (x.kind == Kind::bf16) {
     return launch(&split<T, bf16>, grid, 256, 0, stream, reinterpret_cast<const bf16 *>(x.data), outer_stride, inner_stride, outer,
@@ -105,9 +105,11 @@ int make(Plan &plan, const Product &p, int multiprocessors, char *workspace, voi
   for (int i = 0; i < 2; i++) {
     if (p.depth[i] == 0) continue;
     Side x{}, y{};
-    int status = ready(x, p.a[i], p.a[i].row, p.a[i].col, p.m, p.depth[i], plan.a_across, plan.type, p.c_kind, workspace, bytes, stream);
+    int status =
+        ready(x, p.a[i], p.a[i].row, p.a[i].col, p.m, p.depth[i], plan.a_across, plan.type, p.c_kind, workspace, bytes, stream);
     if (status != EP_OK) return status;
-    status = ready(y, p.b[i], p.b[i].col, p.b[i].row, p.n, p.depth[i], plan.b_across, plan.type, p.c_kind, workspace, bytes, stream);
+    status =
+        ready(y, p.b[i], p.b[i].col, p.b[i].row, p.n, p.depth[i], plan.b_across, plan.type, p.c_kind, workspace, bytes, stream);
     if (status != EP_OK) return status;
     const int order = x.parts > y.parts ? x.parts : y.parts;
     for (int u = 0; u < x.parts; u++) {
@@ -145,6 +147,25 @@ int start(const Plan &plan, const Target &target, void *stream) {
   return plan.choice.large ? start<T, Large>(plan, target, stream) : start<T, Small>(plan, target, stream);
 }
 
+constexpr int64_t FEW = 16, MOST_RANK = 256;
+
+bool aligned(const Operand &x, int64_t line) { return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && line % 8 == 0; }
+
+bool few(const Product &p) {
+  const Operand &a = p.a[0], &b = p.b[0];
+  return p.m <= FEW && p.depth[0] > 0 && p.depth[0] % Dense<bf16>::UNIT == 0 && p.depth[1] <= MOST_RANK && a.kind == b.kind &&
+         a.kind != Kind::f32 && a.col == 1 && b.row == 1 && aligned(a, p.m > 1 ? a.row : 0) && aligned(b, p.n > 1 ? b.col : 0) &&
+         p.m_limit == nullptr && p.k_limit == nullptr && p.alpha == nullptr;
+}
+
+template <class T>
+int run_few(const Product &p, const Target &target, void *stream) {
+  const Dense<T> weight{reinterpret_cast<const uint16_t *>(p.b[0].data), p.b[0].col};
+  return launch(&few_rows<T, Dense<T>, 1>, dim3(unsigned(ceil_div(p.n, FEW_COLUMNS))), FEW_WARPS * 32, FEW_SUMS_BYTES, stream,
+                reinterpret_cast<const uint16_t *>(p.a[0].data), p.a[0].row, int(p.m), int(p.n), p.depth[0], weight,
+                Update{p.a[1], p.b[1], int(p.depth[1])}, target);
+}
+
 }  // namespace
 
 Choice choose(int64_t m, int64_t n, int64_t depth, int multiprocessors) {
@@ -161,6 +182,7 @@ Choice choose(int64_t m, int64_t n, int64_t depth, int multiprocessors) {
 }
 
 int64_t workspace_bytes(const Product &p, int multiprocessors) {
+  if (few(p)) return 0;
   Plan plan;
   make(plan, p, multiprocessors, nullptr, nullptr);
   return plan.bytes;
@@ -168,13 +190,17 @@ int64_t workspace_bytes(const Product &p, int multiprocessors) {
 
 int run(const Product &p, int multiprocessors, void *workspace, void *stream) {
   if (p.m == 0 || p.n == 0) return EP_OK;
+  if (few(p)) {
+    const Target target{p.c, p.c_row, p.c_kind, p.accumulate, false, nullptr, nullptr};
+    return p.a[0].kind == Kind::bf16 ? run_few<bf16>(p, target, stream) : run_few<fp16>(p, target, stream);
+  }
   Plan plan;
   int status = make(plan, p, multiprocessors, static_cast<char *>(workspace), stream);
   if (status != EP_OK) return status;
   const int size = p.c_kind == Kind::f32 ? 4 : 2;
-  const bool aligned = reinterpret_cast<uintptr_t>(p.c) % 16 == 0 && p.c_row * size % 16 == 0;
+  const bool c_aligned = reinterpret_cast<uintptr_t>(p.c) % 16 == 0 && p.c_row * size % 16 == 0;
   float *partial = plan.choice.slices > 1 ? reinterpret_cast<float *>(static_cast<char *>(workspace) + plan.partials) : nullptr;
-  const Target target{p.c, p.c_row, p.c_kind, p.accumulate, aligned, p.alpha, partial};
+  const Target target{p.c, p.c_row, p.c_kind, p.accumulate, c_aligned, p.alpha, partial};
   status = plan.type == Kind::bf16 ? start<bf16>(plan, target, stream) : start<fp16>(plan, target, stream);
   if (status != EP_OK || partial == nullptr) return status;
   const int64_t blocks = ceil_div(p.m * p.n, 256);

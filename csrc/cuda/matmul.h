@@ -45,8 +45,8 @@ struct Product {
 //   large   128 x 128, 4 warps of 64 x 64, 3 stages = 48 KB: two blocks on every multiprocessor from sm_80 on
 //   small    64 x  64, 4 warps of 32 x 32, 4 stages = 32 KB
 //
-// A warp of the large tile reads 16 KB of shared memory for 131,072 multiply-adds, one of the small tile 8 KB for 32,768: large wins
-// wherever its blocks fill the card.
+// A warp of the large tile reads 16 KB of shared memory for 131,072 multiply-adds, one of the small tile 8 KB for 32,768: large
+// wins wherever its blocks fill the card.
 struct Choice {
   bool large;
   int slices;

@@ -1,4 +1,5 @@
-// Quantising to and from 4 bits on the GPU, to the bit as csrc/cpu/nf4.cpp does it (the rules are there), and blockwise 8-bit numbers.
+// Quantising to and from 4 bits on the GPU, to the bit as csrc/cpu/nf4.cpp does it (the rules are there), and blockwise 8-bit
+// numbers.
 //
 // All of it is bound by memory. A lane holds 8 neighbours, a warp 256: blocks of up to 256 elements lie in one warp and find their
 // largest magnitude by shuffles; a longer block is walked through twice by its warp, the second time out of the caches.
@@ -6,7 +7,8 @@
 // Numbers are looked up in shared memory where entry i has 32 copies, one in each bank, so that lanes with different codes do not
 // wait for each other.
 //
-// NOTES: products and sums that the CPU rounds one by one are written with __fmul_rn and __fadd_rn, which the compiler may not fuse.
+// NOTES: products and sums that the CPU rounds one by one are written with __fmul_rn and __fadd_rn, which the compiler may not
+// fuse.
 #include "nf4.h"
 
 #include "device.h"
@@ -67,7 +69,13 @@ struct Ranks {
 template <class S>
 __global__ void quantize4(const S *x, int64_t size, int shift, const Ranks ranks, uint8_t *packed, float *absmax) {
   uint8_t *order = shared_memory<uint8_t>();
-  if (threadIdx.x < 16) order[threadIdx.x] = ranks.order[threadIdx.x];
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int i = 0; i < 16; i++) order[i] = ranks.order[i];
+  }
+  float thresholds[15];
+#pragma unroll
+  for (int t = 0; t < 15; t++) thresholds[t] = ranks.thresholds[t];
   __syncthreads();
   scale_blocks(x, size, shift, absmax, [&](int64_t first, const float (&v)[RUN]) {
     uint32_t bytes = 0;
@@ -75,7 +83,7 @@ __global__ void quantize4(const S *x, int64_t size, int shift, const Ranks ranks
     for (int i = 0; i < RUN; i++) {
       int rank = 0;
 #pragma unroll
-      for (int t = 0; t < 15; t++) rank += !(ranks.thresholds[t] >= v[i]);
+      for (int t = 0; t < 15; t++) rank += !(thresholds[t] >= v[i]);
       bytes |= uint32_t(order[rank]) << (i / 2 * 8 + (i % 2 == 0 ? 4 : 0));
     }
     const int64_t at = first / 2, end = (size + 1) / 2;
@@ -144,7 +152,8 @@ __global__ void dequantize4(const Nf4Tensor w, C *out) {
 }
 
 template <class C>
-__global__ void dequantize8(const uint8_t *q, const float *absmax, const float *code, int64_t size, int shift, float offset, C *out) {
+__global__ void dequantize8(const uint8_t *q, const float *absmax, const float *code, int64_t size, int shift, float offset,
+                            C *out) {
   float *table = shared_memory<float>();
   for (int i = int(threadIdx.x); i < 256; i += THREADS) table[i] = code[i];
   __syncthreads();

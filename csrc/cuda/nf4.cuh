@@ -20,7 +20,10 @@ struct Codebook {
   // All threads of the block.
   __device__ __forceinline__ explicit Codebook(const Nf4Tensor &w) {
     float *table = shared_memory<float>();
-    for (int i = int(threadIdx.x); i < 16 * 32; i += int(blockDim.x)) table[i] = w.code[i / 32];
+    if (threadIdx.x < 32) {
+#pragma unroll
+      for (int i = 0; i < 16; i++) table[i * 32 + threadIdx.x] = w.code[i];
+    }
     __syncthreads();
     mine = table + threadIdx.x % 32;
   }

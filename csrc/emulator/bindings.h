@@ -36,6 +36,9 @@ inline void bind(pybind11::module_ &m) {
           check(planted_matmul(fault.c_str(), reinterpret_cast<const uint16_t *>(a), reinterpret_cast<const uint16_t *>(b),
                                reinterpret_cast<float *>(c), rows, columns, k, fp16));
         });
+  m.def("convert", [](uintptr_t bits, uintptr_t wide, int64_t count, bool fp16, bool narrow) {
+    check(planted_convert(reinterpret_cast<uint16_t *>(bits), reinterpret_cast<float *>(wide), count, fp16, narrow));
+  });
   m.def("planted_sum", [](const std::string &fault, uintptr_t x, uintptr_t y, int64_t blocks) {
     check(planted_sum(fault.c_str(), reinterpret_cast<const float *>(x), reinterpret_cast<float *>(y), blocks));
   });

@@ -105,6 +105,17 @@ __global__ void __launch_bounds__(128) sum(int fault, const float *x, float *y) 
   __syncthreads();
 }
 
+template <class T>
+__global__ void convert(T *bits, float *wide, int count, bool narrow) {
+  const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i >= count) return;
+  if (narrow) {
+    bits[i] = from_float<T>(wide[i]);
+  } else {
+    wide[i] = to_float(bits[i]);
+  }
+}
+
 int number(const char *fault) {
   const char *names[] = {"",          "barrier",    "wait", "store",    "fragment", "swizzle",
                          "alignment", "divergence", "mask", "syncwarp", "arrive",   "global"};
@@ -129,6 +140,12 @@ int planted_sum(const char *fault, const float *x, float *y, int64_t blocks) {
   const int which = number(fault);
   if (which < 0) return fail(EP_INVALID_ARGUMENT, "planted_sum: no such fault");
   return launch(&sum, dim3(unsigned(blocks)), 128, 36 * sizeof(float), nullptr, which, x, y);
+}
+
+int planted_convert(uint16_t *bits, float *wide, int64_t count, bool fp16, bool narrow) {
+  const dim3 grid(unsigned(ceil_div(count, 256)));
+  if (fp16) return launch(&convert<ep::fp16>, grid, 256, 0, nullptr, reinterpret_cast<ep::fp16 *>(bits), wide, count, narrow);
+  return launch(&convert<bf16>, grid, 256, 0, nullptr, reinterpret_cast<bf16 *>(bits), wide, count, narrow);
 }
 
 }  // namespace emulator

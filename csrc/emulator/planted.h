@@ -12,5 +12,8 @@ int planted_matmul(const char *fault, const uint16_t *a, const uint16_t *b, floa
 // y[2 i], y[2 i + 1] = sum of block i of x (128 each): warp shuffles, a vote, shared memory, a named barrier.
 int planted_sum(const char *fault, const float *x, float *y, int64_t blocks);
 
+// wide[i] = the number of bits[i], or bits[i] = wide[i] rounded: the conversions of ptx.cuh.
+int planted_convert(uint16_t *bits, float *wide, int64_t count, bool fp16, bool narrow);
+
 }  // namespace emulator
 }  // namespace ep

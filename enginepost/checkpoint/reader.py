@@ -24,6 +24,9 @@ from enginepost.checkpoint.format import CheckpointError, TensorInfo, parse_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+CHUNK = 1 << 22  # bytes converted at once
+MOST = 1 << 30  # bytes of one read: the system's own limit is 2 GiB
+
 # A private writable mapping of a file larger than memory is refused by default unless it reserves no swap. The constant is in
 # `mmap` from Python 3.12 on; the number is Linux's on x86 and ARM.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
@@ -67,6 +70,68 @@ class _Shard:
         begin = info.begin // mmap.PAGESIZE * mmap.PAGESIZE
         if info.end > begin:
             self.map.madvise(mmap.MADV_DONTNEED, begin, info.end - begin)
+
+
+class Source:
+    """A file whose bytes are read, not mapped: it may be truncated, overwritten or unplugged, and that is an error, not a signal.
+
+    It stays open, so that deleting the file or renaming another over it changes nothing here.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._seen = self._look()
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be opened: {error.strerror}.") from None
+
+    def _look(self) -> tuple[int, int]:
+        found = os.fstat(self._file)
+        return found.st_size, found.st_mtime_ns
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def read_into(self, offset: int, dtype: torch.dtype, out: torch.Tensor) -> None:
+        """Elements of `dtype` from byte `offset` on -> all of `out` (contiguous, on the CPU), converted to its dtype.
+
+        Raises: CheckpointError when the file cannot be read, has become too short, or is not the file that was opened any more.
+        """
+        flat = out.reshape(-1)
+        assert flat.data_ptr() == out.data_ptr() and out.device.type == "cpu"
+        if self._look() != self._seen:
+            size, was = self._look()[0], self._seen[0]
+            what = f"it has {size} bytes and had {was}" if size != was else "its content was written anew"
+            raise CheckpointError(f"{self.path}: was changed while it was in use: {what}.")
+        if dtype == out.dtype:
+            self._fill(offset, flat.view(torch.uint8))
+            return
+        step = CHUNK // dtype.itemsize
+        piece = torch.empty(min(step, flat.numel()), dtype=dtype)
+        for start in range(0, flat.numel(), step):
+            here = piece[: min(step, flat.numel() - start)]
+            self._fill(offset + start * dtype.itemsize, here.view(torch.uint8))
+            flat[start : start + step].copy_(here)
+
+    def _fill(self, offset: int, out: torch.Tensor) -> None:
+        left = memoryview(out.numpy().data)
+        while left:
+            try:
+                done = os.preadv(self._file, [left[:MOST]], offset)
+            except OSError as error:
+                raise CheckpointError(f"{self.path}: cannot be read at byte {offset}: {error.strerror}.") from None
+            if done == 0:
+                raise CheckpointError(
+                    f"{self.path}: ends at byte {offset}, {len(left)} bytes too early: it was truncated."
+                )
+            left, offset = left[done:], offset + done
 
 
 class Checkpoint:
@@ -130,6 +195,18 @@ class Checkpoint:
         """
         shard, info = self._find(name)
         return shard.tensor(info)
+
+    def offset(self, name: str) -> int:
+        """Where in `file(name)` the bytes of a tensor begin."""
+        return self._find(name)[1].begin
+
+    def read_into(self, name: str, out: torch.Tensor) -> None:
+        """Read a tensor into `out`, contiguous, of as many elements, converted to its dtype.
+
+        The bytes are read, not mapped, so no page of the file counts as this process's memory.
+        """
+        with Source(self.file(name)) as source:
+            source.read_into(self.offset(name), self.dtype(name), out)
 
     def drop(self, name: str) -> None:
         """Give a tensor's pages back to the system. Views stay valid: the next touch reads the file again."""

@@ -1,12 +1,14 @@
-"""Which code runs a kernel: the native extension or the plain PyTorch reference.
+"""Which code runs a kernel: the native extension, on the CPU or on a GPU as the tensors are, or the plain PyTorch reference.
 
 `ENGINEPOST_BACKEND=reference` forces the reference; `ENGINEPOST_CPU=avx512|avx2|portable` forces an instruction set of the
 native kernels (read once, when the extension loads). Tensors the native kernels do not take (float64, other devices) go to the
-reference by themselves.
+reference by themselves. `ENGINEPOST_BACKEND=emulated` is for tests: tensors in CPU memory go to the CUDA kernels in the emulator
+(docs/kernels/emulator.md), which `load_emulated` has loaded.
 """
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 from collections.abc import Iterator
 from types import ModuleType
@@ -15,6 +17,9 @@ from typing import Any
 import torch
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+# What a family says that its CUDA kernels take: the memory-bound ones everything, the matrix products 16 bits.
+GPU_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+GPU_HALVES = (torch.bfloat16, torch.float16)
 to_dlpack = torch._C._to_dlpack  # the bare C function: 0.4 us, where Tensor.__dlpack__ costs several
 
 
@@ -43,20 +48,52 @@ def _loaded_openmp() -> str | None:
     return next((p for p in names if "torch" in p), names[0] if names else None)
 
 
+def _workspace(size: int, device: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, device=f"cuda:{device}")
+
+
 _core = _load()
+_cuda = bool(getattr(_core, "cuda", False))
+if _core is not None and _cuda:
+    _core.set_allocator(_workspace)
+_emulated: ModuleType | None = None
+
+
+def load_emulated(path: str | os.PathLike[str]) -> ModuleType:
+    """Loads the emulated CUDA kernels, the module `_emulated` of a build with ENGINEPOST_EMULATED=ON, for `use_backend`."""
+    global _emulated
+    if _emulated is None:
+        spec = importlib.util.spec_from_file_location("_emulated", path)
+        assert spec is not None and spec.loader is not None
+        _emulated = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(_emulated)
+    return _emulated
 
 
 def core() -> Any:
-    """The native extension, its thread count set to torch's."""
+    """The native extension, its thread count set to torch's and its stream to torch's current one."""
+    if _emulated is not None and os.environ.get("ENGINEPOST_BACKEND") == "emulated":
+        return _emulated
     assert _core is not None
     _core.set_num_threads(torch.get_num_threads())
+    if _cuda and torch.cuda.is_initialized():
+        _core.set_stream(torch.cuda.current_stream().cuda_stream)
     return _core
 
 
-def native(*tensors: torch.Tensor | None) -> bool:
-    """True when the native kernels take these tensors: on the CPU, all float32 or bfloat16, the extension built and not disabled."""
-    if _core is None or os.environ.get("ENGINEPOST_BACKEND") == "reference":
+def native(*tensors: torch.Tensor | None, gpu: tuple[torch.dtype, ...] = ()) -> bool:
+    """True when the native kernels take these tensors: the extension built and not disabled, all of them on the CPU and float32 or
+    bfloat16, or all on the current CUDA device and of the dtypes `gpu` that the family takes there (default: it has no kernels)."""
+    backend = os.environ.get("ENGINEPOST_BACKEND")
+    if backend == "reference":
         return False
+    if backend == "emulated":
+        return bool(gpu) and all(t is None or (t.device.type == "cpu" and t.dtype in gpu) for t in tensors)
+    if _core is None:
+        return False
+    if _cuda and gpu and any(t is not None and t.is_cuda for t in tensors):
+        here = torch.cuda.current_device()
+        return all(t is None or (t.is_cuda and t.device.index == here and t.dtype in gpu) for t in tensors)
     return all(t is None or (t.device.type == "cpu" and t.dtype in _NATIVE_DTYPES) for t in tensors)
 
 
@@ -65,6 +102,24 @@ def plain(*tensors: torch.Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False
     return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors)
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run with ENGINEPOST_BACKEND = "reference", "emulated" or "" (by device), for the whole process: to test and to compare."""
+    if name not in ("", "reference", "emulated"):
+        raise ValueError(f"{name!r} is not a backend that can be forced: reference, emulated or '' (by device)")
+    if name == "emulated" and _emulated is None:
+        raise ValueError("the emulated kernels are not loaded: load_emulated(path of the built module) first")
+    before = os.environ.get("ENGINEPOST_BACKEND")
+    os.environ["ENGINEPOST_BACKEND"] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["ENGINEPOST_BACKEND"]
+        else:
+            os.environ["ENGINEPOST_BACKEND"] = before
 
 
 @contextlib.contextmanager
@@ -82,10 +137,10 @@ def use_isa(name: str) -> Iterator[None]:
 
 
 def info() -> dict[str, Any]:
-    """What runs here: `{"native": bool, "isa": str, "isas": [str], "threads": int, "openmp": bool, "backend": str}`."""
+    """What runs here: `{"native", "openmp", "cuda": bool, "isa", "backend": str, "isas": [str], "threads": int}`."""
     forced = os.environ.get("ENGINEPOST_BACKEND", "")
     if _core is None:
         return {"native": False, "isa": "none", "isas": [], "threads": torch.get_num_threads(), "openmp": False,
-                "backend": "reference"}  # fmt: skip
+                "cuda": False, "backend": "reference"}  # fmt: skip
     return {"native": True, "isa": _core.isa(), "isas": _core.isas(), "threads": torch.get_num_threads(),
-            "openmp": _core.uses_openmp(), "backend": forced or "cpu"}  # fmt: skip
+            "openmp": _core.uses_openmp(), "cuda": _cuda, "backend": forced or "cpu"}  # fmt: skip

@@ -14,7 +14,8 @@ DoRA, with magnitude m: those columns of x W^T + S B*^T are multiplied by m / |W
 The norm needs no [n, in] buffer: |W + s B A|^2 = |W|^2 + 2 s rowsum((W A^T) * B) + s^2 rowsum((B (A A^T)) * B).
 
 A frozen W may be an `NF4Weight` (QLoRA, Dettmers et al. 2023, arXiv 2305.14314): both products with it then decode it panel by panel
-as they multiply (csrc/cpu/matmul.cpp), and its numbers, code * scale in float32, are not rounded to x's dtype on the way.
+as they multiply (csrc/cpu/matmul.cpp), and its numbers, code * scale in float32, are not rounded to x's dtype on the way. A fused
+projection whose matrices were quantised one by one is a tuple of them, rows below rows; one of them may be a plain matrix.
 
 Sources: Hu et al. 2021 (LoRA, arXiv 2106.09685), eq. 3; Liu et al. 2024 (DoRA, arXiv 2402.09353), eq. 5 and section 4.3.
 """
@@ -30,6 +31,9 @@ from enginepost.kernels.arrays import make_callable, takes_arrays
 from enginepost.kernels.backend import plain
 from enginepost.kernels.matmul import mm
 from enginepost.kernels.nf4 import NF4Weight, nf4_mm, reference_dequantize, row_squares
+
+Matrix = Tensor | NF4Weight
+Weight = Matrix | tuple[Matrix, ...]  # a tuple: frozen matrices with the same columns, rows below rows
 
 
 @dataclass
@@ -49,12 +53,13 @@ class LoraPart:
 
 
 def reference(
-    x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = None, parts: Sequence[LoraPart] = (), *, dropout: float = 0.0,
+    x: Tensor, weight: Weight, bias: Tensor | None = None, parts: Sequence[LoraPart] = (), *, dropout: float = 0.0,
     seed: int = 0,
 ) -> Tensor:  # fmt: skip
     """The same in plain PyTorch, at float32 or better, part by part; for DoRA the adapted weight is built."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    xw, w = x.to(wide), reference_dequantize(weight, wide) if isinstance(weight, NF4Weight) else weight.to(wide)
+    xw = x.to(wide)
+    w = torch.cat([reference_dequantize(m, wide) if isinstance(m, NF4Weight) else m.to(wide) for m in matrices(weight)])
     masked = torch.where(keep_mask(x.shape[0], x.shape[1], dropout, seed), xw / (1 - dropout), 0.0) if dropout else xw
     base = xw @ w.T
     columns = list(base.split(1, dim=1)) if base.numel() else []
@@ -73,14 +78,15 @@ def reference(
 
 @takes_arrays
 def lora_linear(
-    x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None = None, parts: Sequence[LoraPart] = (), *, dropout: float = 0.0,
+    x: Tensor, weight: Weight, bias: Tensor | None = None, parts: Sequence[LoraPart] = (), *, dropout: float = 0.0,
     seed: int = 0,
 ) -> Tensor:  # fmt: skip
     """Linear layer with low-rank updates.
 
     Args:
         x: `[T, in]`, float32, bfloat16 (or float64).
-        weight: `[out, in]`, frozen or trained, or a frozen `NF4Weight`; bias: `[out]` or None.
+        weight: `[out, in]`, frozen or trained, or a frozen `NF4Weight`, or a tuple of frozen ones that lie one below the other;
+        bias: `[out]` or None.
         parts: updates of disjoint column ranges, see `LoraPart`; none for a plain linear layer.
         dropout: share of the update's inputs set to zero (training only: pass 0 otherwise).
         seed: of the mask. The same seed gives the same mask, so pass another for every layer and step.
@@ -104,6 +110,17 @@ def lora_linear(
     return _linear(x, weight, bias, parts, dropout, seed)
 
 
+def matrices(weight: Weight) -> tuple[Matrix, ...]:
+    """The matrices of a weight, from its first row to its last."""
+    return weight if isinstance(weight, tuple) else (weight,)
+
+
+def weight_shape(weight: Weight) -> tuple[int, int]:
+    """(out, in) of a weight, whatever it is made of."""
+    found = matrices(weight)
+    return sum(m.shape[0] for m in found), found[0].shape[1]
+
+
 def keep_mask(rows: int, width: int, dropout: float, seed: int) -> Tensor:
     """bool `[rows, width]`, true with probability 1 - dropout; each element depends on (seed, row, column) alone."""
     key = (seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) & (2**64 - 1)
@@ -121,15 +138,19 @@ def _mix(x: Tensor) -> Tensor:
     return (x ^ ((x >> 16) & 0xFFFF)) & 0x7FFFFFFF
 
 
-def _check(
-    x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, parts: Sequence[LoraPart], dropout: float
-) -> None:
-    if x.dim() != 2 or len(weight.shape) != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"lora_linear: x must be [T, in] and weight [out, in], got {list(x.shape)} and {list(weight.shape)}"
-        )
-    if bias is not None and list(bias.shape) != [weight.shape[0]]:
-        raise ValueError(f"lora_linear: bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+def _check(x: Tensor, weight: Weight, bias: Tensor | None, parts: Sequence[LoraPart], dropout: float) -> None:
+    if not matrices(weight):
+        raise ValueError("lora_linear: weight is an empty tuple; expected at least one matrix")
+    for m in matrices(weight):
+        if x.dim() != 2 or len(m.shape) != 2 or x.shape[1] != m.shape[1]:
+            raise ValueError(
+                f"lora_linear: x must be [T, in] and weight [out, in], got {list(x.shape)} and {list(m.shape)}"
+            )
+        if isinstance(weight, tuple) and isinstance(m, Tensor) and m.requires_grad:
+            raise ValueError("lora_linear: a weight given as a tuple of matrices must be frozen")
+    out = weight_shape(weight)[0]
+    if bias is not None and list(bias.shape) != [out]:
+        raise ValueError(f"lora_linear: bias must be [{out}], got {list(bias.shape)}")
     if not 0 <= dropout < 1:
         raise ValueError(f"lora_linear: dropout must be in [0, 1), got {dropout}")
     taken = 0
@@ -139,9 +160,9 @@ def _check(
             raise ValueError(
                 f"lora_linear: part {i} must have A [r, {x.shape[1]}] and B [n, r], got {list(p.A.shape)} and {list(p.B.shape)}"
             )
-        if p.start < taken or p.start + n > weight.shape[0]:
+        if p.start < taken or p.start + n > out:
             raise ValueError(
-                f"lora_linear: part {i} covers columns {p.start} to {p.start + n}, but only {taken} to {weight.shape[0]} are "
+                f"lora_linear: part {i} covers columns {p.start} to {p.start + n}, but only {taken} to {out} are "
                 f"free; parts may not overlap"
             )
         if p.magnitude is not None and list(p.magnitude.shape) != [n]:
@@ -152,7 +173,7 @@ def _check(
 
 
 def _linear(
-    x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, parts: Sequence[LoraPart], dropout: float, seed: int,
+    x: Tensor, weight: Weight, bias: Tensor | None, parts: Sequence[LoraPart], dropout: float, seed: int,
     unrounded: bool = False,
 ) -> Tensor:  # fmt: skip
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -167,40 +188,74 @@ def _linear(
     return torch.ops.enginepost.lora_linear(x, tensors, form, bias, stacked, b, starts, dropout, seed, unrounded)[0]
 
 
-def _taken_apart(weight: Tensor | NF4Weight) -> tuple[list[Tensor], str]:
-    """The weight as arguments of a torch op: its tensors, and what else there is to it ("" for a plain matrix)."""
+def _taken_apart(weight: Weight) -> tuple[list[Tensor], str]:
+    """The weight as arguments of a torch op: its tensors, and what else there is to it ("" for one plain matrix)."""
     if isinstance(weight, Tensor):
         return [weight], ""
-    w, nested = weight, [t for t in (weight.nested_absmax, weight.nested_code) if t is not None]
-    return [w.packed, w.absmax, *nested], f"{w.shape[0]} {w.shape[1]} {w.blocksize} {w.quant_type} {w.offset!r}"
+    tensors: list[Tensor] = []
+    forms = []
+    for m in matrices(weight):
+        if isinstance(m, Tensor):
+            tensors.append(m)
+            forms.append("plain")
+        else:
+            nested = [t for t in (m.nested_absmax, m.nested_code) if t is not None]
+            tensors += [m.packed, m.absmax, *nested]
+            forms.append(f"{2 + len(nested)} {m.shape[0]} {m.shape[1]} {m.blocksize} {m.quant_type} {m.offset!r}")
+    return tensors, ";".join(forms)
 
 
-def _put_together(tensors: Sequence[Tensor], form: str) -> Tensor | NF4Weight:
+def _put_together(tensors: Sequence[Tensor], form: str) -> Weight:
     if not form:
         return tensors[0]
-    rows, columns, blocksize, kind, offset = form.split()
-    packed, absmax, *nested = tensors
-    code = (nested[0], nested[1], float(offset)) if nested else (None, None, 0.0)
-    return NF4Weight(packed, absmax, (int(rows), int(columns)), int(blocksize), kind, torch.float32, *code)
-
-
-def _shape(tensors: Sequence[Tensor], form: str) -> tuple[int, int]:
-    rows, columns = form.split()[:2] if form else tensors[0].shape
-    return int(rows), int(columns)
+    found: list[Matrix] = []
+    at = 0
+    for said in form.split(";"):
+        if said == "plain":
+            found.append(tensors[at])
+            at += 1
+            continue
+        count, rows, columns, blocksize, kind, offset = said.split()
+        packed, absmax, *nested = tensors[at : at + int(count)]
+        code = (nested[0], nested[1], float(offset)) if nested else (None, None, 0.0)
+        found.append(NF4Weight(packed, absmax, (int(rows), int(columns)), int(blocksize), kind, torch.float32, *code))
+        at += int(count)
+    return tuple(found)
 
 
 def _times(
-    a: Tensor, weight: Tensor | NF4Weight, out: Tensor, transposed: bool, a2: Tensor | None = None,
-    b2: Tensor | None = None, accumulate: bool = False,
+    a: Tensor, weight: Weight, out: Tensor, transposed: bool, a2: Tensor | None = None, b2: Tensor | None = None,
+    accumulate: bool = False,
 ) -> Tensor:  # fmt: skip
     """out = a W^T + a2 b2, or a W + a2 b2 when transposed; added to out when accumulate."""
-    if isinstance(weight, NF4Weight):
-        return nf4_mm(a, weight, out, transposed=transposed, a2=a2, b2=b2, accumulate=accumulate)
-    return mm(a, weight if transposed else weight.t(), out=out, a2=a2, b2=b2, accumulate=accumulate)
+    found = matrices(weight)
+    if len(found) == 1:
+        return _product(a, found[0], out, transposed, a2, b2, accumulate)
+    # Transposed, the matrices add up: in float32, rounded once.
+    total = out if not transposed or out.dtype == a.dtype == torch.float32 else None
+    if total is None:
+        total = out.float() if accumulate else torch.empty(out.shape, dtype=torch.float32, device=out.device)
+    row = 0
+    for i, m in enumerate(found):
+        rows = slice(row, row + m.shape[0])
+        if transposed:
+            _product(a[:, rows], m, total, True, a2 if i == 0 else None, b2 if i == 0 else None, accumulate or i > 0)
+        else:
+            _product(a, m, total[:, rows], False, a2, None if b2 is None else b2[:, rows], accumulate)
+        row = rows.stop
+    return out if total is out else out.copy_(total)
+
+
+def _product(
+    a: Tensor, m: Matrix, out: Tensor, transposed: bool, a2: Tensor | None, b2: Tensor | None, accumulate: bool
+) -> Tensor:
+    if isinstance(m, NF4Weight):
+        return nf4_mm(a, m, out, transposed=transposed, a2=a2, b2=b2, accumulate=accumulate)
+    return mm(a, m if transposed else m.t(), out=out, a2=a2, b2=b2, accumulate=accumulate)
 
 
 def _dora(
-    x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, parts: Sequence[LoraPart], dropout: float, seed: int
+    x: Tensor, weight: Weight, bias: Tensor | None, parts: Sequence[LoraPart], dropout: float, seed: int
 ) -> Tensor:
     """y = gain * (x' W^T + S B*^T) + (x - x') W^T + b with x' the masked x, after PEFT: without dropout x' = x.
 
@@ -216,7 +271,7 @@ def _dora(
         else:
             gains.append(p.magnitude.to(wide) / row_norm(weight, p))
         end = p.start + p.B.shape[0]
-    gain = torch.cat([*gains, torch.ones(weight.shape[0] - end, dtype=wide, device=x.device)])
+    gain = torch.cat([*gains, torch.ones(weight_shape(weight)[0] - end, dtype=wide, device=x.device)])
     masked = _dropped(x, dropout, seed) if dropout else x
     y = _linear(masked, weight, None, parts, 0.0, seed, unrounded=True) * gain
     if dropout:
@@ -225,21 +280,42 @@ def _dora(
 
 
 @torch.no_grad()
-def row_norm(weight: Tensor | NF4Weight, part: LoraPart) -> Tensor:
+def row_norm(weight: Weight, part: LoraPart) -> Tensor:
     """|W + scaling B A| of each row that the part covers, `[n]` in float32 (float64 for float64)."""
-    if isinstance(weight, NF4Weight):
-        wide = torch.promote_types(part.A.dtype, torch.float32)
-        a, b = part.A.to(wide), part.B.to(wide)
-        wa = nf4_mm(a, weight, torch.empty(len(a), weight.shape[0], dtype=wide)).t()[part.columns]
-        square = row_squares(weight)[part.columns].to(wide)
-    else:
+    if isinstance(weight, Tensor):
         wide = torch.promote_types(weight.dtype, torch.float32)
         w, a, b = weight[part.columns], part.A.to(wide), part.B.to(wide)
         wa = mm(w, a.T, out=torch.empty(b.shape, dtype=wide, device=w.device))
         square = torch.linalg.vector_norm(w, dim=1, dtype=wide).square_()
+    else:
+        wide = torch.promote_types(part.A.dtype, torch.float32)
+        a, b = part.A.to(wide), part.B.to(wide)
+        covered = _covering(weight, part)
+        rows = slice(part.start - covered[1], part.start - covered[1] + len(b))
+        height = weight_shape(covered[0])[0]
+        wa = _times(a, covered[0], torch.empty(len(a), height, dtype=wide, device=a.device), False).t()[rows]
+        square = torch.cat([_row_squares(m).to(wide) for m in covered[0]])[rows]
     square += 2 * part.scaling * (wa * b).sum(1)
     square += part.scaling**2 * ((b @ (a @ a.T)) * b).sum(1)
     return square.clamp_(min=0).sqrt_()
+
+
+def _covering(weight: Weight, part: LoraPart) -> tuple[tuple[Matrix, ...], int]:
+    """The matrices that hold the rows of a part, and the row at which the first of them begins."""
+    found: list[Matrix] = []
+    row = first = 0
+    for m in matrices(weight):
+        if row + m.shape[0] > part.columns.start and row < part.columns.stop:
+            first = first if found else row
+            found.append(m)
+        row += m.shape[0]
+    return tuple(found), first
+
+
+def _row_squares(m: Matrix) -> Tensor:
+    if isinstance(m, NF4Weight):
+        return row_squares(m)
+    return torch.linalg.vector_norm(m, dim=1, dtype=torch.promote_types(m.dtype, torch.float32)).square_()
 
 
 def _dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
@@ -251,11 +327,11 @@ def _lines(x: Tensor) -> Tensor:
 
 
 def _forward(
-    x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, a: Tensor, b: Sequence[Tensor], starts: Sequence[int],
+    x: Tensor, weight: Weight, bias: Tensor | None, a: Tensor, b: Sequence[Tensor], starts: Sequence[int],
     dropout: float, seed: int, unrounded: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(y `[T, out]`, in float32 when `unrounded`, S `[T, R]`)."""
-    x, rows, out = _lines(x), x.shape[0], weight.shape[0]
+    x, rows, out = _lines(x), x.shape[0], weight_shape(weight)[0]
     s = torch.empty(rows, a.shape[0], dtype=a.dtype, device=x.device)
     y = torch.empty(rows, out, dtype=a.dtype if unrounded else x.dtype, device=x.device)
     if bias is not None:
@@ -275,7 +351,7 @@ def _forward(
 
 
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor | NF4Weight, s: Tensor, a: Tensor, b: Sequence[Tensor], starts: Sequence[int],
+    dy: Tensor, x: Tensor, weight: Weight, s: Tensor, a: Tensor, b: Sequence[Tensor], starts: Sequence[int],
     dropout: float, seed: int, needs: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of x, weight, bias, A*, then each B; an empty tensor where `needs` (of x, weight, bias, A*, any B) says no."""
@@ -297,11 +373,11 @@ def _backward(
             _times(dy, weight, dx, True)
         elif dropout == 0:
             _times(dy, weight, dx, True, ds, a)
-        elif isinstance(weight, NF4Weight):
-            dx.copy_(nf4_mm(dy, weight, _dropped(mm(ds, a), dropout, seed), transposed=True, accumulate=True))
-        else:
+        elif isinstance(weight, Tensor):
             mm(dy, weight, out=dx)
             dx += _dropped(mm(ds, a), dropout, seed).to(dx.dtype)
+        else:
+            dx.copy_(_times(dy, weight, _dropped(mm(ds, a), dropout, seed), True, accumulate=True))
     if needs[1]:
         assert isinstance(weight, Tensor)
         dweight = mm(dy.t(), x, out=torch.empty_like(weight))
@@ -327,7 +403,8 @@ def _(
     x: Tensor, weight: list[Tensor], form: str, bias: Tensor | None, a: Tensor, b: list[Tensor], starts: list[int],
     dropout: float, seed: int, unrounded: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return (a if unrounded else x).new_empty(x.shape[0], _shape(weight, form)[0]), a.new_empty(x.shape[0], a.shape[0])
+    out = weight_shape(_put_together(weight, form))[0]
+    return (a if unrounded else x).new_empty(x.shape[0], out), a.new_empty(x.shape[0], a.shape[0])
 
 
 @torch.library.custom_op("enginepost::lora_linear_backward", mutates_args=())
@@ -343,7 +420,7 @@ def _(
     dy: Tensor, x: Tensor, weight: list[Tensor], form: str, s: Tensor, a: Tensor, b: list[Tensor], starts: list[int],
     dropout: float, seed: int, needs: list[bool],
 ) -> list[Tensor]:  # fmt: skip
-    shape = _shape(weight, form)
+    shape = weight_shape(_put_together(weight, form))
     shapes = [(x, x.shape), (weight[0], shape), (a, shape[:1]), (a, a.shape), *((p, p.shape) for p in b)]
     wanted = [*needs[:4], *[needs[4]] * len(b)]
     return [

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from enginepost.kernels.arrays import make_callable, takes_arrays
-from enginepost.kernels.backend import core, native, plain, to_dlpack
+from enginepost.kernels.backend import GPU_FLOATS, core, native, plain, to_dlpack
 
 
 def reference(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
@@ -27,7 +27,8 @@ def reference(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
     """RMSNorm over the last dimension.
 
-    Args: x `[..., H]` float32 or bfloat16; weight `[H]`, float32 or x's dtype; eps added to the mean square; offset added to weight.
+    Args: x `[..., H]` float32 or bfloat16 (on a GPU also float16); weight `[H]`, float32 or x's dtype; eps added to the mean
+        square; offset added to weight.
     Returns: `[..., H]` in x's dtype. Gradients flow to x and weight. Raises ValueError that names the argument at fault.
 
     Source: Zhang and Sennrich 2019 (arXiv 1910.07467), eq. 4.
@@ -35,7 +36,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> T
     >>> rms_norm(torch.tensor([[3.0, 4.0]]), torch.ones(2), eps=0.0).mul(12.5**0.5).tolist()
     [[3.0, 4.0]]
     """
-    if not native(x, weight):
+    if not native(x, weight, gpu=GPU_FLOATS):
         return reference(x, weight, eps, offset=offset)
     if plain(x, weight):
         return _forward(x, weight, eps, offset)[0]
@@ -56,7 +57,7 @@ def add_rms_norm(
     >>> torch.equal(h, residual + x), torch.allclose(y, rms_norm(h, torch.ones(16), eps=1e-6))
     (True, True)
     """
-    if not native(x, residual, weight):
+    if not native(x, residual, weight, gpu=GPU_FLOATS):
         h = residual + x
         return reference(h, weight, eps, offset=offset), h
     if plain(x, residual, weight):
@@ -123,7 +124,7 @@ def _backward_op(
     dy, x = dy.contiguous(), x.contiguous()
     width = x.shape[-1]
     dx = torch.empty_like(x)
-    dweight = torch.empty(width if weight_grad else 0, dtype=weight.dtype)
+    dweight = torch.empty(width if weight_grad else 0, dtype=weight.dtype, device=weight.device)
     core().rms_norm_backward(
         to_dlpack(dy.view(-1, width)), None if dh is None else to_dlpack(dh.contiguous().view(-1, width)),
         to_dlpack(x.view(-1, width)), to_dlpack(weight.detach()), to_dlpack(rstd.view(-1)), to_dlpack(dx.view(-1, width)),

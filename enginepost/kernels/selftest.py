@@ -88,8 +88,26 @@ def _attention(dtype: torch.dtype, large: bool) -> Case:
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
 
+    def paged(q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Results:
+        """The last sequence once more, its keys in pages that lie in memory backwards: the reference's rows of it."""
+        first, page = int(cu[-2]), 5
+        table = torch.arange(-(-(tokens - first) // page), dtype=torch.int32).flip(0).unsqueeze(0)
+        used, starts = (torch.tensor(x, dtype=torch.int32) for x in ([tokens - first], [0, tokens - first]))
+
+        def pages(x: Tensor) -> Tensor:
+            filled = torch.cat([x[first:], x.new_zeros(table.numel() * page - (tokens - first), *x.shape[1:])])
+            return filled.view(-1, page, *x.shape[1:]).flip(0).contiguous()
+
+        return list(attention.paged_attention(q[first:], pages(k), pages(v), table, used, starts))
+
+    def rows(q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Results:
+        out, lse = attention.reference(q, k, v, cu)
+        return [out[cu[-2] :], lse[:, cu[-2] :]]
+
+    whole, exact = with_gradients(attention.attention, 3), with_gradients(attention.reference, 3)
     return Case(
-        [q, k, v, cu], with_gradients(attention.attention, 3), with_gradients(attention.reference, 3),
+        [q, k, v, cu],
+        whole if large else lambda *x: whole(*x) + paged(*x), exact if large else lambda *x: exact(*x) + rows(*x),
         f"forward + backward, causal, T {tokens} H {heads}/{kv_heads} D {dim}", 7 * tokens**2 * heads * dim, "GFLOP/s",
         with_gradients(sdpa, 3), "torch SDPA",
     )  # fmt: skip

@@ -15,6 +15,8 @@ from typing import Any
 from enginepost.errors import EnginepostError
 from enginepost.model.spec import ModelSpec
 
+ALIGNMENT = 64  # bytes, of every piece of a blob
+
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -81,6 +83,35 @@ def layout(spec: ModelSpec) -> list[Entry]:
     return entries
 
 
+def block_bytes(
+    spec: ModelSpec, index: int, *, quantize: str | None = None, itemsize: int = 2, blocksize: int = 64
+) -> int:
+    """Bytes of the blob of a block's linear layers (`enginepost.model.blob`): what it takes in memory, and in a slot.
+
+    quantize: None (then itemsize is that of the dtype), "nf4", "fp4" or "nf4-double".
+    """
+    sizes: dict[str, list[int]] = {}  # elements of the matrices of each fused layer
+    for entry in layout(spec):
+        if entry.linear and entry.parameter.startswith(f"blocks.{index}."):
+            sizes.setdefault(entry.parameter, []).append((entry.stop - entry.start) * (entry.columns or 0))
+    total = 0
+    for elements in sizes.values():
+        if quantize is None:
+            total += _aligned(sum(elements) * itemsize)
+            continue
+        for size in elements:
+            scales = -(-size // blocksize)
+            pieces = [-(-size // 2), 4 * scales]
+            if quantize == "nf4-double":
+                pieces[1:] = [scales, 4 * -(-scales // 256), 4 * 256]
+            total += sum(map(_aligned, pieces))
+    return total
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 def starting_value(entry: Entry, spec: ModelSpec) -> float | None:
     """What a vector holds before training (norms multiply by one, biases add nothing); None for a matrix, which is drawn."""
     if entry.columns is not None:
@@ -118,6 +149,10 @@ class Target:
     @property
     def suffix(self) -> str:
         return self.path.rpartition(".")[2]
+
+    @property
+    def block(self) -> int:
+        return int(self.linear.split(".")[1])
 
 
 def linear_modules(spec: ModelSpec) -> list[Target]:

@@ -100,9 +100,9 @@ def attach(
             raise EnginepostError(f"LoRA rank of {target.path} must be at least 1, got {rank}")
         linear = _linear(model, target)
         scaling = alpha / math.sqrt(rank) if settings.use_rslora else alpha / rank
-        update = Update(rank, alpha, scaling, target.inputs, target.stop - target.start, linear.weight.device)
+        update = Update(rank, alpha, scaling, target.inputs, target.stop - target.start, model.norm.device)
         if settings.use_dora:
-            update.magnitude = nn.Parameter(torch.empty(target.stop - target.start, device=linear.weight.device))
+            update.magnitude = nn.Parameter(torch.empty(target.stop - target.start, device=model.norm.device))
         linear.lora[target.suffix] = update
         linear.dropout, linear.has_magnitude = settings.dropout, settings.use_dora
         part = LoraPart(update.A, update.B, scaling, target.start, update.magnitude)
@@ -125,6 +125,7 @@ def _update(model: Transformer, target: Target) -> Update:
 def _start_magnitude(model: Transformer, target: Target, update: Update) -> None:
     """DoRA begins as the base model: the magnitude is the norm of each adapted row, which B = 0 makes the base's."""
     part = LoraPart(update.A, update.B, update.scaling, target.start)
+    model.enter(target.block)
     update.magnitude.copy_(row_norm(_linear(model, target).weight, part))  # type: ignore[union-attr]
 
 

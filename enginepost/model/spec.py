@@ -235,18 +235,17 @@ def _family(config: dict[str, Any]) -> tuple[_Family, str]:
 
 
 def _check_keys(config: dict[str, Any], family: _Family, name: str) -> None:
-    if config.get("quantization_config") is not None:
-        method = (
-            config["quantization_config"].get("quant_method")
-            if isinstance(config["quantization_config"], dict)
-            else None
-        )
-        raise ConfigError(
-            f"config.json: quantization_config (quant_method {method!r}) is not supported; use the unquantized checkpoint"
-        )
+    said = config.get("quantization_config")
+    if said is not None:
+        method, four = (said.get("quant_method"), said.get("load_in_4bit")) if isinstance(said, dict) else (None, None)
+        if method != "bitsandbytes" or four is not True:
+            raise ConfigError(
+                f"config.json: quantization_config (quant_method {method!r}, load_in_4bit {four!r}) is not supported; of quantized "
+                "checkpoints only the 4-bit ones of bitsandbytes are; use one of those, or the unquantized checkpoint"
+            )
     known = _COMMON | set(family.keys.split())
     for key, value in config.items():
-        if key in known or key in _HARMLESS or value is None:
+        if key in known or key in _HARMLESS or value is None or key == "quantization_config":
             continue
         if key in _ONLY:
             if value not in _ONLY[key]:

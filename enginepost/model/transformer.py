@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from enginepost.errors import EnginepostError
 from enginepost.kernels.attention import attention, attention_qkv
 from enginepost.kernels.glu import glu
-from enginepost.kernels.lora import LoraPart, lora_linear
+from enginepost.kernels.lora import LoraPart, Weight, lora_linear
 from enginepost.kernels.matmul import mm
 from enginepost.kernels.norm import add_rms_norm, rms_norm
 from enginepost.kernels.rope import rope
@@ -30,6 +30,7 @@ from enginepost.model.spec import LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
     from enginepost.model.lora import LoraSettings
+    from enginepost.model.residency import Stream
 
 _Tables = tuple[Tensor, Tensor] | None
 FEW_ROWS = 16  # a product with fewer is bound by reading the weight
@@ -45,11 +46,18 @@ class Cache(Protocol):
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, W `[out, in]`, plus the low-rank updates in `lora` (see `enginepost.model.lora`)."""
+    """y = x W^T + b, W `[out, in]`, plus the low-rank updates in `lora` (see `enginepost.model.lora`).
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype, device: torch.device) -> None:
+    The weight is a parameter, or frozen: in 4 bits, or streamed (then it is None while its block is not at work).
+    """
+
+    weight: Weight
+
+    def __init__(
+        self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype, device: torch.device, home: torch.device
+    ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype, device=device))
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype, device=home))
         self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype, device=device)) if bias else None
         self.lora = nn.ModuleDict()
         self.parts: tuple[LoraPart, ...] = ()
@@ -65,7 +73,7 @@ class Linear(nn.Module):
 
     def _few(self, x: Tensor) -> Tensor:
         """A decoding step without gradients: what lora_linear does beside the products is a tenth to a quarter of its time there."""
-        y = mm(x, self.weight.t())
+        y = mm(x, self.weight.t()) if isinstance(self.weight, Tensor) else lora_linear(x, self.weight)
         if self.bias is not None:
             y += self.bias
         for part in self.parts:
@@ -76,7 +84,9 @@ class Linear(nn.Module):
 class Block(nn.Module):
     """Attention and gated MLP, each with its residual addition."""
 
-    def __init__(self, spec: ModelSpec, index: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, spec: ModelSpec, index: int, dtype: torch.dtype, device: torch.device, linears: torch.device
+    ) -> None:
         super().__init__()
         self.spec, self.index = spec, index
         self.layer: LayerSpec = spec.layers[index]
@@ -90,10 +100,10 @@ class Block(nn.Module):
         def vector(size: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(size, dtype=dtype, device=device))
 
-        self.qkv = Linear(hidden, q + 2 * kv, spec.qkv_bias, dtype, device)
-        self.o = Linear(q, hidden, spec.output_bias, dtype, device)
-        self.gate_up = Linear(hidden, 2 * inner, spec.mlp_bias, dtype, device)
-        self.down = Linear(inner, hidden, spec.mlp_bias, dtype, device)
+        self.qkv = Linear(hidden, q + 2 * kv, spec.qkv_bias, dtype, device, linears)
+        self.o = Linear(q, hidden, spec.output_bias, dtype, device, linears)
+        self.gate_up = Linear(hidden, 2 * inner, spec.mlp_bias, dtype, device, linears)
+        self.down = Linear(inner, hidden, spec.mlp_bias, dtype, device, linears)
         self.attention_norm = vector(hidden) if spec.pre_norm else None
         self.mlp_norm = vector(hidden) if spec.pre_norm else None
         self.attention_post_norm = vector(hidden) if spec.post_norm else None
@@ -156,21 +166,24 @@ class Transformer(nn.Module):
 
     Attributes: spec; config: the config.json it came from; checkpointing: recompute each block's activations in the backward
     pass instead of keeping them (same bits, less memory); dropout_seed: keys the dropout of LoRA, to be set anew for every
-    micro-batch of a training run.
+    micro-batch of a training run; stream: feeds the blocks their weights where those do not stay (`enginepost.model.residency`).
     """
 
     def __init__(
         self, spec: ModelSpec, config: dict[str, Any], dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        device: torch.device | str = "cpu", linears: torch.device | str | None = None,
     ) -> None:  # fmt: skip
+        """linears: where the weights of the blocks' linear layers are made, "meta" for nowhere; default: device."""
         super().__init__()
         device = torch.device(device)
+        home = device if linears is None else torch.device(linears)
         self.spec, self.config = spec, config
         self.checkpointing = False
         self.dropout_seed = 0
+        self.stream: Stream | None = None
         self.lora_settings: LoraSettings | None = None
         self.embedding = nn.Parameter(torch.empty(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device))
-        self.blocks = nn.ModuleList(Block(spec, i, dtype, device) for i in range(len(spec.layers)))
+        self.blocks = nn.ModuleList(Block(spec, i, dtype, device, home) for i in range(len(spec.layers)))
         self.norm = nn.Parameter(torch.empty(spec.hidden_size, dtype=dtype, device=device))
         self.head = None if spec.tied else nn.Parameter(torch.empty_like(self.embedding))
 
@@ -178,6 +191,11 @@ class Transformer(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the weights and the activations."""
         return self.embedding.dtype
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the linear layers of the blocks have weights that cannot train: in 4 bits, or streamed."""
+        return any("weight" not in m._parameters for m in self.modules() if isinstance(m, Linear))
 
     @property
     def head_weight(self) -> Tensor:
@@ -199,17 +217,34 @@ class Transformer(nn.Module):
         turns = [tables(r, positions, cu_seqlens) for r in spec.ropes]
         recompute = self.checkpointing and torch.is_grad_enabled() and cache is None
         seed = self.dropout_seed * 4 * len(self.blocks)
-        for i, block in enumerate(self.blocks):
+        for i in range(len(self.blocks)):
             index = spec.layers[i].rope
             turn = None if index is None else turns[index]
             if recompute:
                 h = checkpoint(
-                    block, h, cu_seqlens, turn, seed + 4 * i, use_reentrant=False, preserve_rng_state=False
+                    self._run, i, h, cu_seqlens, turn, seed + 4 * i, use_reentrant=False, preserve_rng_state=False
                 )  # fmt: skip
             else:
-                h = block(h, cu_seqlens, turn, seed + 4 * i, cache)
+                h = self._run(i, h, cu_seqlens, turn, seed + 4 * i, cache)
         h = rms_norm(h, self.norm, spec.eps, offset=spec.norm_offset)
         return h if spec.logit_scale == 1.0 else h * spec.logit_scale
+
+    def _run(
+        self, i: int, h: Tensor, cu_seqlens: Tensor, turn: _Tables, seed: int, cache: Cache | None = None
+    ) -> Tensor:
+        """Block i, in the forward pass and in recomputation."""
+        if self.stream is None:
+            return self.blocks[i](h, cu_seqlens, turn, seed, cache)
+        self.stream.enter(i)
+        if not torch.is_grad_enabled() or (self.checkpointing and cache is None):
+            return self.blocks[i](h, cu_seqlens, turn, seed, cache)
+        with self.stream.by_reference(i):
+            return self.blocks[i](h, cu_seqlens, turn, seed, cache)
+
+    def enter(self, i: int) -> None:
+        """The weights of block i are there when this returns, until another block is entered."""
+        if self.stream is not None:
+            self.stream.enter(i)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden `[T, H]` -> float32 `[T, V]`, the final softcap applied."""
@@ -218,9 +253,17 @@ class Transformer(nn.Module):
         return z if cap == 0.0 else cap * torch.tanh(z / cap)
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        """Hugging Face name -> a view of the weight under it, in the order of the file."""
+        """Hugging Face name -> a view of the weight under it, in the order of the file.
+
+        Raises: EnginepostError when weights are in 4 bits or streamed.
+        """
         from enginepost.model.layout import layout
 
+        if self.frozen:
+            raise EnginepostError(
+                "the weights of this model are in 4 bits or streamed from disk, so there are no tensors to save or export; load it "
+                "from 16-bit weights, with quantize=None and weights='resident'"
+            )
         own = dict(self.named_parameters())
         return {e.name: own[e.parameter].detach()[e.start : e.stop] for e in layout(self.spec)}
 

@@ -1,13 +1,14 @@
 """Weights of a Transformer under their Hugging Face names: load, create, save.
 
 `enginepost.model.layout` lists, for every tensor of a checkpoint, the parameter and the rows of it that hold the tensor, so loading
-copies straight from the memory map into its place and saving writes views: neither holds a second copy of the model.
+reads straight into its place and saving writes views: neither holds a second copy of the model. Linear layers that are in 4 bits or
+streamed are no parameters: `enginepost.model.blob` says how a block of them lies in memory.
 """
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -21,49 +22,74 @@ from enginepost.checkpoint import (
     weight_names,
     write_bytes,
 )
+from enginepost.checkpoint.cache import quantized_copy
 from enginepost.errors import EnginepostError
-from enginepost.kernels import nf4
+from enginepost.model.blob import blob_layout
 from enginepost.model.layout import Entry, layout, read_config, starting_value
+from enginepost.model.residency import SLOTS, Residency, place
 from enginepost.model.spec import FAMILIES, ModelSpec
 from enginepost.model.transformer import Transformer
 
 
 def load_model(
     path: str | Path, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu",
-    adapter: str | Path | None = None,
+    adapter: str | Path | None = None, *, quantize: str | None = None, weights: Residency = "resident", slots: int = SLOTS,
 ) -> Transformer:  # fmt: skip
     """Load a Hugging Face model directory, and a PEFT adapter on top of it where one is named.
 
-    Weights in 4 bits (`*-bnb-4bit`) are taken as the numbers that they stand for.
+    Args:
+        path: config.json and safetensors, single or sharded.
+        dtype: of weights and activations, float32 or bfloat16 (float64 runs the reference kernels).
+        quantize: "nf4", "nf4-double" or "fp4": the linear layers of the blocks in 4 bits, frozen. They are quantised tensor by
+            tensor, into a copy that is kept on disk (`enginepost.checkpoint.cache`). A `*-bnb-4bit` checkpoint stays in 4 bits.
+        weights: where the linear layers of the blocks live, "resident", "host" or "disk" (`enginepost.model.residency`); what is
+            not resident cannot train.
+        slots: blocks that have room in memory when weights are streamed.
 
-    Args: path: config.json and safetensors, single or sharded; dtype: of weights and activations, float32 or bfloat16 (float64 runs
-        the reference kernels). Returns: a Transformer in evaluation mode.
-    Raises: EnginepostError for an unsupported config, a missing, unexpected or misshapen tensor.
+    Returns: a Transformer in evaluation mode.
+    Raises: EnginepostError for an unsupported config, a missing, unexpected or misshapen tensor, a file that cannot be read.
     """
-    path = Path(path)
+    path, device = Path(path), torch.device(device)
+    if weights not in get_args(Residency):
+        raise EnginepostError(f"weights {weights!r} is not known; use {', '.join(get_args(Residency))}")
     config = read_config(path)
     try:
         spec = ModelSpec.from_config(config)
     except EnginepostError as error:
         raise type(error)(f"{path}: {error}") from None
-    checkpoint = Checkpoint(path)
-    model = Transformer(spec, config, dtype, device)
+    checkpoint = Checkpoint(path if quantize is None else quantized_copy(path, quantize))
     check_names(checkpoint, spec, path)
+    entries = layout(spec)
+    streamed = weights == "disk" or (weights == "host" and device.type != "cpu")
+    frozen = streamed or any(is_quantized(checkpoint, entry.name) for entry in entries)
+    model = Transformer(spec, config, dtype, device, linears="meta" if frozen else None)
     own = dict(model.named_parameters())
-    with torch.no_grad():
-        for entry in layout(spec):
-            if is_quantized(checkpoint, entry.name):
-                tensor = nf4.dequantize(read_quantized(checkpoint, entry.name))
-            else:
-                tensor = checkpoint.tensor(entry.name)
-            _check_dtype(tensor, entry, path)
-            own[entry.parameter][entry.start : entry.stop].copy_(tensor)
-            checkpoint.drop(entry.name)
+    for entry in entries:
+        if not is_quantized(checkpoint, entry.name):
+            _check_dtype(checkpoint.dtype(entry.name), entry, path)
+        if not (frozen and entry.linear):
+            _read(checkpoint, entry, own[entry.parameter].detach()[entry.start : entry.stop])
+    if frozen:
+        layouts = [blob_layout(checkpoint, spec, i, dtype) for i in range(len(spec.layers))]
+        model.stream = place(list(model.blocks), layouts, device, weights if streamed else "resident", slots)
     if adapter is not None:
         from enginepost.model.lora import load_adapter
 
         load_adapter(model, adapter)
     return model.eval()
+
+
+def _read(checkpoint: Checkpoint, entry: Entry, out: Tensor) -> None:
+    if is_quantized(checkpoint, entry.name):  # the head or the embedding: not among what bitsandbytes packs
+        raise EnginepostError(
+            f"{checkpoint.file(entry.name)}: tensor {entry.name!r} is in 4 bits; only the linear layers of the blocks can be"
+        )
+    if out.device.type == "cpu":
+        checkpoint.read_into(entry.name, out)
+        return
+    on_host = torch.empty(out.shape, dtype=out.dtype)
+    checkpoint.read_into(entry.name, on_host)
+    out.copy_(on_host)
 
 
 def check_names(checkpoint: Checkpoint, spec: ModelSpec, path: Path) -> None:
@@ -94,10 +120,10 @@ def _few(names: list[str]) -> str:
     return ", ".join(repr(n) for n in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def _check_dtype(tensor: Tensor, entry: Entry, path: Path) -> None:
-    if not tensor.is_floating_point() or tensor.element_size() < 2:
+def _check_dtype(dtype: torch.dtype, entry: Entry, path: Path) -> None:
+    if not dtype.is_floating_point or dtype.itemsize < 2:
         raise EnginepostError(
-            f"{path}: tensor {entry.name!r} has dtype {str(tensor.dtype).removeprefix('torch.')}; expected float32, float16 or "
+            f"{path}: tensor {entry.name!r} has dtype {str(dtype).removeprefix('torch.')}; expected float32, float16 or "
             "bfloat16, or 4-bit weights in the layout of bitsandbytes"
         )
 

@@ -23,9 +23,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from enginepost.errors import EnginepostError
+from enginepost.model.layout import layout
+from enginepost.model.residency import WeightsError
+from enginepost.model.spec import ModelSpec
 from enginepost.recipe import Recipe, load_recipe
 from enginepost.train import methods, weights
 from enginepost.train.methods.method import Method, Metrics, MicroBatch, Work, add_metrics, mean_metrics
@@ -109,13 +111,20 @@ def _train(recipe: Recipe, run: RunDirectory, command: str) -> None:
 
     try:
         monitor.say(_summary(recipe, model, method, checkpoint, step))
+        epoch = 0.0  # passed at the end of the step before
         spikes, mark, since = SpikeWatch(), time.perf_counter(), tokens
         with stop_signals() as stopped:
             while step < method.total:
                 step += 1
                 work = method.step(model, step)
                 lr = learning_rate(step, method.total, recipe)
-                loss, metrics, norm = optimizer_step(model, optimizer, method, work, step=step, lr=lr, run=run)
+                try:
+                    loss, metrics, norm = optimizer_step(model, optimizer, method, work, step=step, lr=lr, run=run)
+                except WeightsError as error:  # nothing of this step has been learned: what was before it can be kept
+                    kept = step > 1 and not method.state() and not method.tensors()
+                    saved = f"; saved {save(step - 1, epoch)}" if kept else ""
+                    raise WeightsError(f"step {step}: {error}{saved}\ncontinue with: {command}") from None
+                epoch = work.epoch
                 method.updated(model, work)
                 run.begun = True
                 tokens += work.tokens
@@ -261,13 +270,23 @@ def _resume_command(recipe: str | os.PathLike[str] | Mapping[str, Any], override
     return shlex.join(["enginepost", "train", os.fspath(recipe), *keys, "--resume"])
 
 
-def _summary(recipe: Recipe, model: nn.Module, method: Method, checkpoint: pathlib.Path | None, step: int) -> str:
+def _frozen_elements(spec: ModelSpec) -> int:
+    """Of the linear layers of the blocks, where these are no parameters."""
+    return sum(math.prod(entry.shape) for entry in layout(spec) if entry.linear)
+
+
+def _summary(recipe: Recipe, model: Any, method: Method, checkpoint: pathlib.Path | None, step: int) -> str:
     parameters = [*model.parameters(), *method.module_tensors().values()]
     trained = sum(p.numel() for p in parameters if p.requires_grad)
+    total = sum(p.numel() for p in parameters) + (_frozen_elements(model.spec) if model.frozen else 0)
     kind = "full fine-tuning" if recipe.lora is None else f"LoRA r {recipe.lora.r}"
+    if recipe.quantize is not None:
+        kind += f" over {recipe.quantize}"
+    if recipe.weights != "resident":
+        kind += f", weights on {recipe.weights}"
     begin = f"resuming from {checkpoint} at step {step}" if checkpoint else "from the beginning"
     return (
-        f"{recipe.method}, {kind}, {recipe.dtype}: {_short(trained)} of {_short(sum(p.numel() for p in parameters))} parameters "
+        f"{recipe.method}, {kind}, {recipe.dtype}: {_short(trained)} of {_short(total)} parameters "
         f"trained; {method.size}; {method.total} steps, {begin}"
     )
 

@@ -116,8 +116,9 @@ class Monitor:
                 if name not in ("step", "epoch"):
                     group = "eval" if name.startswith("eval_") else "train"
                     self._board.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, metrics["step"])
-        if "eval_loss" in metrics:
-            self.say(f"step {metrics['step']}  eval_loss {metrics['eval_loss']:.4f}")
+        evaluated = next((name for name in ("eval_loss", "eval_reward") if name in metrics), None)
+        if evaluated:
+            self.say(f"step {metrics['step']}  {evaluated} {metrics[evaluated]:.4f}")
         else:
             self._show(metrics)
 

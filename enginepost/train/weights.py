@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from enginepost.checkpoint import Checkpoint, copy_side_files, save_tensors
+from enginepost.checkpoint.cache import quantized_copy
 from enginepost.data import Tokenizer
 from enginepost.data.chat import resolve
 from enginepost.errors import EnginepostError
@@ -25,8 +26,14 @@ def load(recipe: Recipe, dtype: torch.dtype, checkpoint: pathlib.Path | None) ->
     """The Transformer to train, with its adapter, at the weights of `checkpoint` where one is given."""
     if recipe.lora is None:
         model = load_model(checkpoint or recipe.model, dtype=dtype)
+        if model.frozen:
+            raise EnginepostError(
+                f"{recipe.model}: its weights are in 4 bits and cannot train (`lora: null`); train an adapter, or the 16-bit model"
+            )
     else:
-        model = load_model(recipe.model, dtype=dtype)
+        if recipe.quantize is not None:
+            quantized_copy(recipe.model, recipe.quantize, say=print)
+        model = load_model(recipe.model, dtype=dtype, quantize=recipe.quantize, weights=recipe.weights)
         if recipe.adapter is not None:
             load_adapter(model, recipe.adapter)
         else:

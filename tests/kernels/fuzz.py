@@ -439,6 +439,7 @@ NO_TENSORS = {
     "ep_last_error",
     "ep_cpu_isa",
     "ep_cpu_isas",
+    "ep_has_cuda",
     "ep_set_cpu_isa",
     "ep_set_num_threads",
     "ep_num_threads",

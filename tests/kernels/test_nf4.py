@@ -233,10 +233,52 @@ def test_lora_op_is_well_formed():
         torch.randn(32, 2, requires_grad=True),
     )
     tensors = [weight.packed, weight.absmax, weight.nested_absmax, weight.nested_code]
-    form = f"32 64 64 nf4 {weight.offset!r}"
+    form = f"4 32 64 64 nf4 {weight.offset!r}"
     torch.library.opcheck(torch.ops.enginepost.lora_linear, (x, tensors, form, None, a, [b], [0], 0.0, 0, False))
     no_parts = (x, tensors, form, None, torch.empty(0, 64), [], [], 0.0, 0, False)
     torch.library.opcheck(torch.ops.enginepost.lora_linear, no_parts)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_tuple_of_matrices_is_the_matrix_of_their_rows(dora, dropout, backend):
+    """q|k|v quantised one by one, v left as it was: forward and gradients against float64 on the stacked numbers."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(64, 96) / 10, torch.randn(33, 96) / 10, torch.randn(32, 96) / 10
+    weight = (quantize(q, double=True), quantize(k, blocksize=32, quant_type="fp4"), v)
+    stacked = torch.cat([dequantize(weight[0]), dequantize(weight[1]), v])
+    leaves = {
+        "x": torch.randn(40, 96), "bias": torch.randn(129), "a0": torch.randn(4, 96), "b0": torch.randn(64, 4),
+        "a1": torch.randn(2, 96), "b1": torch.randn(20, 2), "m0": torch.rand(64) + 1, "m1": torch.rand(20) + 1,
+    }  # fmt: skip
+
+    def run(dtype, w, function):
+        t = {name: tensor.to(dtype).requires_grad_() for name, tensor in leaves.items()}
+        parts = [
+            LoraPart(t["a0"], t["b0"], 0.5, 0, t["m0"] if dora else None),
+            LoraPart(t["a1"], t["b1"], 2.0, 84, t["m1"] if dora else None),  # rows of k and of v
+        ]
+        y = function(t["x"], w, t["bias"], parts, dropout=dropout, seed=3)
+        (y * torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y)).sum().backward()
+        return [y.detach(), *(g.grad for g in t.values() if g.grad is not None)]
+
+    exact = run(torch.float64, stacked.double(), reference)
+    for mine, wanted in zip(run(torch.float32, weight, lora_linear), exact, strict=True):
+        torch.testing.assert_close(mine.double(), wanted, rtol=2e-4, atol=2e-4)
+    with torch.no_grad():
+        x = leaves["x"].bfloat16()
+        one = lora_linear(x, stacked)
+        assert (lora_linear(x, weight).float() - one.float()).abs().max() <= 0.01 * one.float().abs().max()
+
+
+def test_a_tuple_is_checked():
+    weight = quantize(torch.randn(32, 64))
+    with pytest.raises(ValueError, match="empty tuple"):
+        lora_linear(torch.zeros(2, 64), ())
+    with pytest.raises(ValueError, match=r"got \[2, 64\] and \[32, 32\]"):
+        lora_linear(torch.zeros(2, 64), (weight, torch.zeros(32, 32)))
+    with pytest.raises(ValueError, match="must be frozen"):
+        lora_linear(torch.zeros(2, 64), (weight, torch.zeros(32, 64, requires_grad=True)))
 
 
 @native

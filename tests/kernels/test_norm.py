@@ -6,8 +6,9 @@ import torch
 from enginepost.kernels.backend import _core
 from enginepost.kernels.norm import add_rms_norm, reference, rms_norm
 
-pytestmark = pytest.mark.skipif(_core is None, reason="the native extension is not built")
+needs_core = pytest.mark.skipif(_core is None, reason="the native extension is not built")
 SHAPES = [(3, 64), (1, 1), (5, 59), (70, 1000), (0, 8), (2, 3, 17), (300, 16)]
+DTYPES = [("float32",) * 2, ("bfloat16",) * 2, ("bfloat16", "float32"), ("float16",) * 2, ("float16", "float32")]
 EPS = 1e-5
 
 
@@ -40,24 +41,28 @@ def wide(tensors):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-@pytest.mark.parametrize("dtypes", [("float32",) * 2, ("bfloat16",) * 2, ("bfloat16", "float32")], ids="-".join)
-def test_norm_against_float64(shape, offset, dtypes, no_worse):
+@pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
+def test_norm_against_float64(shape, offset, dtypes, backend, no_worse):
+    if dtypes[0] == "float16" and not backend.gpu:
+        pytest.skip("float16 runs on GPUs only")
     x, _, weight, dy, _ = inputs(shape, *(getattr(torch, d) for d in dtypes))
     exact = norm_grads(reference, *wide((x, weight, dy)), offset)
     plain = norm_grads(reference, x, weight, dy, offset)
-    ours = norm_grads(rms_norm, x, weight, dy, offset)
+    ours = norm_grads(rms_norm, *backend.to(x, weight, dy), offset)
     for name, mine, theirs, true in zip(("y", "dx", "dweight"), ours, plain, exact, strict=True):
         no_worse(name, mine, theirs, true)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-@pytest.mark.parametrize("dtypes", [("float32",) * 2, ("bfloat16",) * 2, ("bfloat16", "float32")], ids="-".join)
-def test_add_norm_against_float64(shape, offset, dtypes, no_worse):
+@pytest.mark.parametrize("dtypes", DTYPES, ids="-".join)
+def test_add_norm_against_float64(shape, offset, dtypes, backend, no_worse):
+    if dtypes[0] == "float16" and not backend.gpu:
+        pytest.skip("float16 runs on GPUs only")
     arguments = inputs(shape, *(getattr(torch, d) for d in dtypes))
     exact = add_grads(add_reference, *wide(arguments), offset)
     plain = add_grads(add_reference, *arguments, offset)
-    ours = add_grads(add_rms_norm, *arguments, offset)
+    ours = add_grads(add_rms_norm, *backend.to(*arguments), offset)
     for name, mine, theirs, true in zip(("y", "h", "dx", "dresidual", "dweight"), ours, plain, exact, strict=True):
         no_worse(name, mine, theirs, true)
 
@@ -99,18 +104,39 @@ def test_strided_input_and_gradient():
     assert all(torch.equal(a, b) for a, b in zip(ours, tight, strict=True))
 
 
+@pytest.mark.parametrize(
+    "width", [5, 40, 520, 4200], ids="width {}".format
+)  # 4200: more than a block of float32 holds in registers
+def test_same_bits_in_any_order_of_warps(width, each_schedule):
+    arguments = inputs((19, width), torch.float32)
+    each_schedule(lambda: add_grads(add_rms_norm, *arguments, 1.0))
+
+
+@pytest.mark.parametrize("shape", [(2, 16400), (2, 40000), (40, 4104)], ids=str)
+def test_wide_rows(shape, backend, no_worse):
+    """Rows that a block of the GPU holds in registers, and rows that it does not."""
+    arguments = inputs(shape, torch.bfloat16)
+    exact, plain = add_grads(add_reference, *wide(arguments), 0.0), add_grads(add_reference, *arguments, 0.0)
+    ours = add_grads(add_rms_norm, *backend.to(*arguments), 0.0)
+    for name, mine, theirs, true in zip(("y", "h", "dx", "dresidual", "dweight"), ours, plain, exact, strict=True):
+        no_worse(name, mine, theirs, true)
+
+
+@needs_core
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_same_bits_at_any_thread_count(dtype, each_thread_count):
     arguments = inputs((701, 72), dtype)
     each_thread_count(lambda: add_grads(add_rms_norm, *arguments, 1.0))
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
+def test_a_row_does_not_depend_on_its_neighbours(backend):
     x, _, weight, dy, _ = inputs((30, 59), torch.bfloat16)
+    x, weight, dy = backend.to(x, weight, dy)
     many, alone = norm_grads(rms_norm, x, weight, dy, 0.0), norm_grads(rms_norm, x[7:8], weight, dy[7:8], 0.0)
     assert torch.equal(many[0][7:8], alone[0]) and torch.equal(many[1][7:8], alone[1])
 
 
+@needs_core
 def test_opcheck():
     x, residual, weight, dy, dh = inputs((5, 12), torch.float32)
     for t in (x, residual, weight):
@@ -133,6 +159,7 @@ def test_opcheck():
         (lambda: add_rms_norm(torch.zeros(3, 8), torch.zeros(3, 8).bfloat16(), torch.zeros(8), EPS), "residual"),
     ],
 )
+@needs_core
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()

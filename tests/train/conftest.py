@@ -32,6 +32,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantised copies are kept with the test's other files."""
+    monkeypatch.setenv("ENGINEPOST_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def rows(tmp_path: pathlib.Path) -> pathlib.Path:
     return write_rows(tmp_path / "rows.jsonl")

@@ -28,6 +28,8 @@ FLAVOURS: dict[str, dict[str, Any]] = {
     "lora dropout fp32": {"lora": {"r": 4, "alpha": 8, "dropout": 0.3}},
     "lora dropout bf16": {"lora": {"r": 4, "alpha": 8, "dropout": 0.3}, "dtype": "bf16"},
     "dora bf16": {"lora": {"r": 4, "alpha": 8, "dora": True}, "dtype": "bf16"},
+    "lora over nf4": {"quantize": "nf4-double", "dtype": "bf16"},
+    "lora from disk": {"weights": "disk", "lora": {"r": 4, "alpha": 8, "dropout": 0.3}},
     "full fp32": {"lora": None},
     "full bf16": {"lora": None, "dtype": "bf16"},
 }

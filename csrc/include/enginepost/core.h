@@ -37,6 +37,10 @@ EP_EXPORT const char *ep_cpu_isas(void);
 /* Choose one of ep_cpu_isas() for the whole process, to test or compare; NULL = back to the first choice. Not while kernels run. */
 EP_EXPORT int ep_set_cpu_isa(const char *name);
 
+/* 1 when this build holds CUDA kernels: then tensors of kDLCUDA are taken, and `stream` is a cudaStream_t (NULL = the default). A
+ * call on them is queued, not waited for. Whether there is a GPU is not looked at before the first such call. */
+EP_EXPORT int ep_has_cuda(void);
+
 /* Threads used by CPU kernels (default: all cores). Results do not depend on it. */
 EP_EXPORT void ep_set_num_threads(int threads);
 EP_EXPORT int ep_num_threads(void);

@@ -27,8 +27,8 @@ extern "C" {
 EP_EXPORT int ep_linear_logprob_forward(const DLTensor *hidden, const DLTensor *weight, const DLTensor *targets,
                                         const DLTensor *logprob, const DLTensor *lse, const DLTensor *entropy,
                                         const DLTensor *direction, double softcap, void *workspace, void *stream);
-/* Bytes for these arguments, on the device where they are; the functions that take sizes are for CPU memory. On a GPU: 0.3 GB at any T
- * and V, beside 4 bytes a token; the backward pass has copies of hidden in its own type and in float32 beside them. */
+/* Bytes for these arguments, on the device where they are; the functions that take sizes are for CPU memory. On a GPU: 0.3 GB at
+ * any T and V, beside 4 bytes a token; the backward pass has copies of hidden in its own type and in float32 beside them. */
 EP_EXPORT int64_t ep_linear_logprob_forward_workspace_bytes_for(const DLTensor *hidden, const DLTensor *weight,
                                                                 const DLTensor *direction);
 EP_EXPORT int64_t ep_linear_logprob_forward_workspace_bytes(int64_t tokens, int64_t width);

@@ -2,6 +2,10 @@
 
 method.py      the face: steps, the loss of a micro-batch, evaluation, what a checkpoint keeps beside weights and optimizer
 sft.py         pretrain and sft: cross entropy of the trained tokens
+online.py      roll-outs made inside the loop, which the next three learn from
+policy.py      grpo (and dr_grpo, dapo, gspo, cispo) and rloo: completions compared with the others of their prompt
+ppo.py         ppo: a value head, generalized advantage estimation, an adaptive KL
+gkd.py         gkd: distillation on the student's own completions
 """
 
 import importlib
@@ -13,6 +17,10 @@ from enginepost.train.methods.method import Method
 CLASSES = {
     "sft": ("sft", "Sft"),
     "pretrain": ("sft", "Sft"),
+    "grpo": ("policy", "Grpo"),
+    "rloo": ("policy", "Rloo"),
+    "ppo": ("ppo", "Ppo"),
+    "gkd": ("gkd", "Gkd"),
 }
 
 

@@ -1,0 +1,243 @@
+"""Where the frozen weights of the blocks live, and how they are there when a block runs.
+
+    resident   in the memory of the device that computes
+    host       in pinned host memory; a CPU computes from there, so on it this is `resident`
+    disk       in the files of the checkpoint, read again every time
+
+Streamed weights pass through a few slots, each as large as the largest blob (`enginepost.model.blob`). While block i computes, a
+thread fills the slot of the block that comes next in the direction of travel:
+
+    forward     0 1 2 ... L-1            next after the last: L-2 when gradients are recorded, else 0 (another forward)
+    backward    L-1 ... 1 0              recomputation and gradients of a block use the same visit; next after the first: 1
+
+A slot may be filled again when another block has been entered, since a block's results, forward or backward, are complete before
+another begins; with a GPU "complete" is an event on its stream. Blobs never change, so nothing is ever written back, and what a
+block computes does not depend on where its weights came from: the losses are the same to the last bit.
+
+Without activation checkpointing a block's operations keep their weights for the backward pass. `Stream.by_reference` makes them
+keep (block, place) instead, and the backward pass enters the block once more.
+
+The GPU half (pinned memory, a side stream, events) is exercised by no test on a machine without one.
+"""
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from enginepost.checkpoint import CheckpointError
+from enginepost.checkpoint.reader import Source
+from enginepost.model.blob import BlobLayout
+
+Residency = Literal["resident", "host", "disk"]
+SLOTS = 2  # one in use, one being filled
+
+
+class WeightsError(CheckpointError):
+    """Frozen weights could not be read in mid-run. What is being trained is untouched."""
+
+
+def place(
+    blocks: Sequence[nn.Module], layouts: Sequence[BlobLayout], device: torch.device, weights: Residency, slots: int
+) -> "Stream | None":
+    """Give the blocks the weights of their linear layers. Returns the stream that feeds them, None where all are resident."""
+    if slots < 1:
+        raise ValueError(f"slots must be at least 1, got {slots}")
+    files = {piece.file for layout in layouts for piece in layout.pieces}
+    sources = {file: Source(file) for file in sorted(files)}
+    for block in blocks:
+        _forget(block)
+    if weights == "disk":
+        stream = Stream(blocks, layouts, lambda i, blob: layouts[i].read(sources, blob), device, slots)
+        weakref.finalize(stream, _close, sources)
+        return stream
+    pinned = weights == "host" and device.type != "cpu"
+    blobs = []
+    for block, layout in zip(blocks, layouts, strict=True):
+        blob = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=pinned)
+        layout.read(sources, blob)
+        if not pinned:
+            give(block, layout.views(blob.to(device)))
+        blobs.append(blob)
+    _close(sources)
+    return Stream(blocks, layouts, lambda i, blob: blobs[i], device, slots) if pinned else None
+
+
+def _close(sources: Mapping[Path, Source]) -> None:
+    for source in sources.values():
+        source.close()
+
+
+def _forget(block: nn.Module) -> None:
+    """Linear layers without a weight: no parameter any more, but an attribute that is set when the weight is there."""
+    for linear in block.children():
+        if "weight" in linear._parameters:
+            del linear._parameters["weight"]
+            linear.weight = None  # type: ignore[assignment]
+
+
+def give(block: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Set the weight of each linear layer of a block."""
+    for name, weight in weights.items():
+        getattr(block, name).weight = weight
+
+
+@dataclasses.dataclass
+class _Slot:
+    """buffer: on the device; staging: pinned, where a file is read on its way to a GPU; free: recorded when the last block that used
+    the slot had been given all its work."""
+
+    buffer: Tensor
+    staging: Tensor | None
+    holds: int | None = None
+    filled: "Future[Any] | None" = None
+    free: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reference:
+    """A tensor saved for the backward pass that is a view of a block's blob."""
+
+    block: int
+    dtype: torch.dtype
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+class Stream:
+    """Brings the weights of each block as it is entered.
+
+    Args: fetch(i, blob) puts blob i (uint8, host memory) into `blob` and returns None, or returns the blob that it has already.
+    """
+
+    def __init__(
+        self, blocks: Sequence[nn.Module], layouts: Sequence[BlobLayout],
+        fetch: Callable[[int, Tensor], Tensor | None], device: torch.device, slots: int = SLOTS,
+    ) -> None:  # fmt: skip
+        self._blocks, self._layouts, self._fetch, self._device = list(blocks), list(layouts), fetch, device
+        nbytes = max(layout.nbytes for layout in layouts)
+        gpu = device.type != "cpu"
+        self._copies = torch.cuda.Stream(device) if gpu else None
+
+        def slot() -> _Slot:
+            staging = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) if gpu else None
+            return _Slot(torch.empty(nbytes, dtype=torch.uint8, device=device), staging)
+
+        self._slots = [slot() for _ in range(min(slots, len(self._blocks)))]
+        self._here: int | None = None  # the block that was entered last
+        self._step = 1
+        # One thread: blobs are read in the order in which they are asked for. It ends with the executor.
+        self._reader = ThreadPoolExecutor(1, "enginepost-weights")
+
+    @property
+    def nbytes(self) -> int:
+        """Of the slots: device memory, and as much pinned host memory beside a GPU."""
+        return sum(slot.buffer.numel() for slot in self._slots)
+
+    def enter(self, index: int) -> None:
+        """Block `index` is about to run: its weights are there when this returns, and those of the next are on their way.
+
+        Raises: WeightsError when they cannot be read.
+        """
+        if index == self._here:
+            # Forward came to the last block and backward begins there, or backward to the first and forward begins.
+            return
+        before, self._here = self._here, index
+        last = len(self._blocks) - 1
+        if before is not None:
+            self._release(before)
+            self._step = 1 if index > before else -1
+        turn = {0: 1, last: -1 if torch.is_grad_enabled() else 1}
+        step, route, at = self._step, [index], index
+        while len(route) < len(self._slots):
+            step = turn.get(at, step)
+            at = (at + step) % len(self._blocks)
+            if at in route:
+                break
+            route.append(at)
+        for wanted in route:
+            self._request(wanted, route)
+        slot = self._slot_of(index)
+        assert slot is not None and slot.filled is not None
+        try:
+            ready = slot.filled.result()
+        except CheckpointError as error:
+            slot.holds, self._here = None, None
+            raise WeightsError(
+                f"the frozen weights of block {index} cannot be read any more: {error} What is being trained is not affected; "
+                "put the file back as it was and resume the run."
+            ) from None
+        if ready is not None:
+            torch.cuda.current_stream(self._device).wait_event(ready)
+        give(self._blocks[index], self._layouts[index].views(slot.buffer))
+
+    def _slot_of(self, index: int) -> _Slot | None:
+        return next((slot for slot in self._slots if slot.holds == index), None)
+
+    def _release(self, index: int) -> None:
+        """Block `index` has been given all its work: whoever fills its slot next waits for that."""
+        slot = self._slot_of(index)
+        if slot is not None and self._copies is not None:
+            slot.free = torch.cuda.Event()
+            slot.free.record(torch.cuda.current_stream(self._device))
+
+    def _request(self, index: int, route: Sequence[int]) -> None:
+        """See that `index` is in a slot or on its way to one that no block on the route needs."""
+        slot = self._slot_of(index)
+        if slot is not None and not (slot.filled is not None and slot.filled.done() and slot.filled.exception()):
+            return
+        slot = slot or next(slot for slot in self._slots if slot.holds not in route)
+        if slot.holds is not None:
+            give(self._blocks[slot.holds], dict.fromkeys(self._layouts[slot.holds].linears))
+        slot.holds = index
+        slot.filled = self._reader.submit(_fill, slot, index, self._layouts[index].nbytes, self._fetch, self._copies)
+
+    @contextlib.contextmanager
+    def by_reference(self, index: int) -> Iterator[None]:
+        """Inside, operations that keep a weight of block `index` for the backward pass keep only where it is."""
+        slot = self._slot_of(index)
+        assert slot is not None
+        ours = slot.buffer.untyped_storage().data_ptr()
+
+        def pack(t: Tensor) -> Tensor | _Reference:
+            if t.device != self._device or t.untyped_storage().data_ptr() != ours:
+                return t.detach()  # an output of the node that keeps it would keep the node alive
+            return _Reference(index, t.dtype, int(t.storage_offset()), t.shape, t.stride())
+
+        def unpack(kept: Tensor | _Reference) -> Tensor:
+            if isinstance(kept, Tensor):
+                return kept
+            self.enter(kept.block)
+            there = self._slot_of(kept.block)
+            assert there is not None
+            return there.buffer.view(kept.dtype).as_strided(kept.shape, kept.stride, kept.offset)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+
+
+def _fill(
+    slot: _Slot, index: int, nbytes: int, fetch: Callable[[int, Tensor], Tensor | None], copies: Any
+) -> Any:  # in the thread
+    """Put blob `index` into the slot; returns the event after which it is on the device, None on a CPU."""
+    target = slot.buffer if slot.staging is None else slot.staging
+    if copies is not None and slot.filled is not None:
+        copies.synchronize()  # the copy out of this staging buffer, from its last use
+    blob = fetch(index, target[:nbytes])
+    if copies is None:
+        assert blob is None
+        return None
+    with torch.cuda.stream(copies):
+        if slot.free is not None:
+            copies.wait_event(slot.free)
+        slot.buffer[:nbytes].copy_(target[:nbytes] if blob is None else blob, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record(copies)
+    return ready
