@@ -128,7 +128,7 @@ namespace {
 constexpr int64_t GRADIENT_BYTES = int64_t(1) << 28;
 
 int64_t block_entries(int64_t tokens, int64_t vocab) {
-  const int64_t most = GRADIENT_BYTES / (2 * rounded(tokens, LogitTile::BM)) / LogitTile::BN * LogitTile::BN;
+  const int64_t most = GRADIENT_BYTES / (2 * rounded(tokens + 1, LogitTile::BM)) / LogitTile::BN * LogitTile::BN;
   const int64_t all = rounded(vocab, LogitTile::BN), block = most < LogitTile::BN ? int64_t(LogitTile::BN) : most;
   return block < all ? block : all;
 }
@@ -215,8 +215,10 @@ int backward(const LogprobBackward &a, int multiprocessors, void *stream) {
     g.segment[0] = {b.hidden, block, b.hidden_row, p.weight_row, width, true, aligned};
     g.segments = 1, g.m = int(p.tokens), g.n = int(entries), g.row0 = 0, g.m_limit = b.count, g.k_limit = nullptr;
     const int64_t tiles = ceil_div(p.tokens, LogitTile::BM) * ceil_div(entries, LogitTile::BN);
-    EP_TRY(launch(&gemm::product<T, LogitTile, false, false, Gradients>, dim3(unsigned(tiles)), LogitTile::THREADS,
-                  LogitTile::SHARED_BYTES, stream, g, Gradients{b.row, int(v0), p.softcap, b.g, b.g_row}));
+    if (tiles > 0) {
+      EP_TRY(launch(&gemm::product<T, LogitTile, false, false, Gradients>, dim3(unsigned(tiles)), LogitTile::THREADS,
+                    LogitTile::SHARED_BYTES, stream, g, Gradients{b.row, int(v0), p.softcap, b.g, b.g_row}));
+    }
     if (a.dhidden != nullptr) EP_TRY(gemm::run(hidden_product(a, b, v0, entries), multiprocessors, b.gemm, stream));
     if (a.dweight != nullptr) EP_TRY(gemm::run(weight_product(a, b, v0, entries), multiprocessors, b.gemm, stream));
   }

@@ -49,7 +49,7 @@ struct Logits {  // the epilogue of the product
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int row = m + i * 16 + half * 8 + lane / 4;
-        const int64_t y = row < limit ? targets[rows[row0 + row]] : -1;
+        const int64_t found = row < limit ? targets[rows[row0 + row]] : -1, y = found < g.n ? found : -1;
         float high = -INFINITY;
 #pragma unroll
         for (int j = 0; j < TILE::NB; j++) {
