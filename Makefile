@@ -4,7 +4,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt
 
-.PHONY: setup demo test slow-test lint format peers link sanitize bench clean
+.PHONY: setup demo test slow-test lint format peers link sanitize cuda-check gpu-check bench clean
 
 setup: .venv/installed
 
@@ -66,6 +66,14 @@ link: .venv-link/installed
 # The kernel tests and the fuzzer under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: setup
 	tests/sanitize.sh
+
+# The CUDA kernels compiled for every architecture: spills and registers (without nvcc it says so and passes).
+cuda-check: setup
+	$(PY) tests/cuda_check.py
+
+# Build, tests, compute-sanitizer and benchmarks on this machine's GPU; GPU_CHECK=emulated is the dry run without one.
+gpu-check:
+	tests/gpu_check.sh
 
 bench: setup
 	$(PY) -m bench all

@@ -251,12 +251,21 @@ PYBIND11_MODULE(_core, m) {
     for (double t : total) out.append(t);
     return out;
   });
-  m.def("merge_magnitude_counts", [](O x, O base, int prefix, O counts) {
+  m.def("merge_magnitude_counts", [](O x, O base, int64_t every, O counts) {
     Arg a(x), b(base), c(counts);
-    if (c.rank() != 2 || c->shape[0] != 2 || c->shape[1] != (prefix < 0 ? 65536 : 32768) || c->dtype.bits != 64) {
-      throw py::value_error("merge_magnitude_counts: counts must be int64 [2, 65536], or [2, 32768] with a prefix");
+    if (c.rank() != 2 || c->shape[0] != 2 || c->shape[1] != 65536 || c->dtype.bits != 64) {
+      throw py::value_error("merge_magnitude_counts: counts must be int64 [2, 65536]");
     }
-    run([&] { return ep_merge_magnitude_counts(a, b, prefix, static_cast<int64_t *>(c->data)); });
+    run([&] { return ep_merge_magnitude_counts(a, b, every, static_cast<int64_t *>(c->data)); });
+  });
+  m.def("merge_window_counts", [](O x, O base, const std::vector<int64_t> &windows, O counts) {
+    Arg a(x), b(base), c(counts);
+    int64_t size = 0;
+    for (size_t i = 1; i < windows.size(); i += 2) size += 1 + windows[i];
+    if (windows.size() % 2 != 0 || c.rank() != 1 || c->shape[0] != size || c->dtype.bits != 64) {
+      throw py::value_error("merge_window_counts: windows are pairs (low, width), and counts int64 with 1 + width for each");
+    }
+    run([&] { return ep_merge_window_counts(a, b, windows.data(), int(windows.size() / 2), static_cast<int64_t *>(c->data)); });
   });
   m.def("merge_masked_sums", [](O x, O base, const py::list &select, int64_t start, int64_t block) {
     Arg a(x), b(base);
@@ -265,11 +274,14 @@ PYBIND11_MODULE(_core, m) {
     run([&] { return ep_merge_masked_sums(a, b, s.selects.data(), start, block, total); });
     return py::make_tuple(total[0], total[1], s.seen());
   });
-  m.def("merge_rank_mask", [](O x, O base, O limits, uint64_t key, int64_t start, O mask) {
-    Arg a(x), b(base), c(limits), d(mask);
-    const int64_t bytes = c.rank() == 1 ? ep_merge_rank_mask_workspace_bytes(c->shape[0]) : 0;
+  m.def("merge_rank_mask", [](O x, O base, int64_t columns, double density, double epsilon, uint64_t key, int64_t start, O mask) {
+    Arg a(x), b(base), c(mask);
+    const int64_t bytes = columns > 0 && columns < (int64_t(1) << 30) ? ep_merge_rank_mask_workspace_bytes(columns) : 0;
+    const ep_merge_rank_params p{columns, start, density, epsilon, key};
+    double total[2] = {};
     const Workspace workspace(bytes, a);
-    run([&] { return ep_merge_rank_mask(a, b, c, key, start, d, workspace.data()); });
+    run([&] { return ep_merge_rank_mask(a, b, p, c, total, workspace.data()); });
+    return py::make_tuple(total[0], total[1]);
   });
   m.def("merge_task_sum", [](O base, const py::list &x, const py::list &selects, bool elect, bool normalize, int zero_sign,
                              double scale, int64_t start, O out) {

@@ -191,6 +191,112 @@ def merge(
 
 
 @app.command(
+    "merge-evolve",
+    epilog=_example(
+        "enginepost merge evolve examples/recipes/merge_evolve.yaml runs/evolve",
+        "enginepost merge evolve search.yaml runs/evolve --budget 200      # goes on where it was",
+    ),
+)
+def merge_evolve(
+    search: Annotated[str, typer.Argument(metavar="SEARCH.YAML", help="Models, methods, ranges, and how to score.")],
+    out: Annotated[str, typer.Argument(help="The directory of the record; that of the same search is resumed.")],
+    budget: Annotated[int | None, typer.Option(min=1, help="Candidates to try, instead of the file's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the search and of random masks, instead of the file's.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Tensors in work at once.")] = None,
+    memory: Annotated[
+        float, typer.Option(min=1, help="Private memory for merging, in MB; the model comes on top.")
+    ] = 512,
+) -> None:
+    """Search for the best merge by CMA-ES: weights, densities, gradients over the layers, method. Also: enginepost merge evolve."""
+    from enginepost.merge import evolve
+
+    def tell(done: int, of: int, fitness: float, best: float) -> None:
+        typer.echo(f"{done}/{of}  fitness {fitness:.5g}  best {best:.5g}")
+
+    report = evolve(search, out, budget=budget, seed=seed, threads=threads, memory=memory * 1e6, progress=tell)
+    typer.echo(report.text())
+
+
+@app.command(
+    "merge-adapters",
+    epilog=_example(
+        "enginepost merge-adapters runs/both runs/code/adapter runs/chat/adapter --weight 0.6 --weight 0.4",
+        "enginepost merge-adapters OUT A B --method ties_svd --density 0.5 --rank 32",
+    ),
+)
+def merge_adapters(
+    out: Annotated[str, typer.Argument(help="The adapter directory to write; new or empty.")],
+    adapters: Annotated[list[str], typer.Argument(help="PEFT LoRA adapters of one base model.")],
+    method: Annotated[
+        str,
+        typer.Option(
+            help="svd, cat, linear, ties, dare_linear, dare_ties, ties_svd, dare_linear_svd or dare_ties_svd."
+        ),
+    ] = "svd",
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Of each adapter, in their order; give it once for each. Default: 1.")
+    ] = None,
+    density: Annotated[float, typer.Option(help="Share of elements that ties and dare keep.")] = 1.0,
+    sign: Annotated[str, typer.Option(help="How ties elects: by total value, or by frequency.")] = "total",
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Of the result, for svd; default: the highest of theirs.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random masks of dare.")] = 0,
+) -> None:
+    """Merge LoRA adapters with one another into a new one, as PEFT's add_weighted_adapter does."""
+    from enginepost.merge import merge_adapters
+
+    report = merge_adapters(
+        adapters, out, method=method, weights=weight, density=density, sign=sign, rank=rank, seed=seed
+    )
+    for note in report.notes:
+        typer.secho(f"note: {note}", fg="yellow")
+    typer.echo(report.text())
+
+
+@app.command(
+    epilog=_example(
+        "enginepost extract models/base models/tuned runs/extracted --rank 32",
+        "enginepost extract models/base models/tuned runs/extracted --energy 0.9",
+    )
+)
+def extract(
+    base: Annotated[str, typer.Argument(help="The model that was tuned: a Hugging Face directory.")],
+    tuned: Annotated[str, typer.Argument(help="What it became.")],
+    out: Annotated[str, typer.Argument(help="The adapter directory to write; new or empty.")],
+    rank: Annotated[int, typer.Option(min=1, help="Of every module.")] = 16,
+    energy: Annotated[
+        float | None, typer.Option(help="Instead: the least rank that holds this share of the squared change, 0 to 1.")
+    ] = None,
+    max_rank: Annotated[int, typer.Option(min=1, help="With --energy: no rank is higher.")] = 256,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Keep norms, embeddings and head that changed in the adapter, whole.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="Of the adapter: float32, float16 or bfloat16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="Of the random projections.")] = 0,
+) -> None:
+    """Write what a fine-tune learned as a LoRA adapter (PEFT) for its base, and how much of it the adapter holds."""
+    import torch
+
+    from enginepost.merge import extract
+
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise EnginepostError(f"--dtype {dtype}: expected float32, float16 or bfloat16")
+    report = extract(
+        base,
+        tuned,
+        out,
+        rank=rank,
+        energy=energy,
+        max_rank=max_rank,
+        whole=whole,
+        dtype=getattr(torch, dtype),
+        seed=seed,
+    )
+    typer.echo(report.text())
+
+
+@app.command(
     epilog=_example(
         "enginepost quantize models/SmolLM2-135M models/SmolLM2-135M-4bit",
         "enginepost quantize MODEL OUT --double --skip down_proj",
@@ -329,6 +435,8 @@ def preview(
 
 def main() -> None:
     """Entry point: a user error is a message and exit code 1, never a traceback."""
+    if sys.argv[1:3] == ["merge", "evolve"]:  # the one verb of two words whose first is a verb itself
+        sys.argv[1:3] = ["merge-evolve"]
     try:
         app()
     except EnginepostError as error:

@@ -147,6 +147,10 @@ class Recipe(_Strict):
 METHODS: dict[str, tuple[str, str]] = {
     "sft": ("enginepost.recipe", "Recipe"),
     "pretrain": ("enginepost.recipe", "Recipe"),
+    "dpo": ("enginepost.recipe_offline", "DpoRecipe"),
+    "orpo": ("enginepost.recipe_offline", "OrpoRecipe"),
+    "simpo": ("enginepost.recipe_offline", "SimpoRecipe"),
+    "cpo": ("enginepost.recipe_offline", "CpoRecipe"),
     "grpo": ("enginepost.recipe_online", "GrpoRecipe"),
     "rloo": ("enginepost.recipe_online", "RlooRecipe"),
     "ppo": ("enginepost.recipe_online", "PpoRecipe"),

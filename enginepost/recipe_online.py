@@ -32,7 +32,7 @@ class Reward(_Strict):
             raise ValueError("expected either function or model in each reward")
         if self.function is not None and not callable(self.function):
             file, colon, name = str(self.function).rpartition(":")
-            if not (isinstance(self.function, str) and colon and file and name.isidentifier()):
+            if not (isinstance(self.function, str) and colon and file and name):
                 raise ValueError(f"expected file.py:function or package.module:function, got {self.function!r}")
         return self
 

@@ -29,4 +29,12 @@ for isa in "" portable; do
   echo "== sanitizers, ENGINEPOST_CPU=$isa"
   ENGINEPOST_CPU=$isa "$python" -S tests/kernels/fuzz.py --rounds 400 --seed 1
 done
-"$python" -S -m pytest tests/kernels -p no:cacheprovider --deselect tests/kernels/test_isa.py -k "not compile and not opcheck" "$@"
+"$python" -S -m pytest tests/kernels -p no:cacheprovider --deselect tests/kernels/test_isa.py \
+  -k "not compile and not opcheck and not emulated and not emulator and not any_order" "$@"
+
+# The CUDA kernels in the emulator, whose own shared memory is fenced off from the sanitizer too.
+unset LD_PRELOAD
+module=$(ENGINEPOST_EMULATED_SANITIZE=1 "$python" tests/kernels/emulated_build.py)
+export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so.6)" ENGINEPOST_EMULATED_SANITIZE=1
+echo "== sanitizers, $module"
+"$python" -S -m pytest tests/kernels -p no:cacheprovider -k "(emulated or emulator or any_order) and not compile and not opcheck" "$@"

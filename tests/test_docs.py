@@ -6,7 +6,7 @@ import re
 import pytest
 
 from bench import tables
-from enginepost.recipe import Lora, Recipe
+from enginepost.recipe import Lora, Recipe, load_recipe, recipe_class
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -16,6 +16,22 @@ def test_every_recipe_key_is_documented():
     page = (ROOT / "docs" / "recipe.md").read_text()
     missing = [key for key in [*Recipe.model_fields, *Lora.model_fields] if f"`{key}`" not in page]
     assert not missing
+
+
+def test_every_key_of_the_online_methods_is_documented():
+    page = (ROOT / "docs" / "rl.md").read_text()
+    for method in ("grpo", "rloo", "ppo", "gkd"):
+        assert not [
+            key
+            for key in recipe_class(method).model_fields
+            if key not in Recipe.model_fields and f"`{key}`" not in page
+        ]
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "examples" / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+def test_example_recipes_are_valid(recipe):
+    if "merge_method" not in recipe.read_text():
+        load_recipe(recipe)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

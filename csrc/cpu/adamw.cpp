@@ -9,39 +9,23 @@
 
 #include <cmath>
 
+#include "adamw.h"
 #include "dynamic_code.h"
-#include "isa.h"
 #include "parallel.h"
 #include "simd.h"
 #include "tensor.h"
 
 namespace ep {
-struct AdamW {
-  char *param;
-  const char *grad;
-  float *m, *v, *master;
-  int64_t size;
-  float keep1, take1, keep2, take2, eps, decay, step_size, inv_c2, scale;  // keep = beta, take = 1 - beta
-  bool param_bf16, grad_bf16;
-};
-struct AdamW8 {
-  AdamW step;  // m and v unused
-  uint8_t *m, *v;
-  float *m_scale, *v_scale;
-  const DynamicCode *m_code, *v_code;
-};
 struct SumSquares {
   const char *x;
   int64_t size;
   bool bf16;
   double *partial;  // one per block
 };
-constexpr int64_t BLOCK = 16384, GROUP = 256;  // elements of a task, and of a scale
+constexpr int64_t BLOCK = 16384;  // elements of a task
 static inline int64_t blocks(int64_t size) { return (size + BLOCK - 1) / BLOCK; }
 }  // namespace ep
 
-EP_KERNEL(adamw_step, AdamW)
-EP_KERNEL(adamw8_step, AdamW8)
 EP_KERNEL(sum_squares, SumSquares)
 
 #ifndef EP_API
@@ -73,8 +57,8 @@ static void step(const AdamW &a) {
 }
 
 void adamw_step(const AdamW &a) {
-  if (a.param_bf16) return a.grad_bf16 ? step<bf16, bf16>(a) : step<bf16, float>(a);
-  return a.grad_bf16 ? step<float, bf16>(a) : step<float, float>(a);
+  if (a.dtype == BF16) return a.grad_dtype == BF16 ? step<bf16, bf16>(a) : step<bf16, float>(a);
+  return a.grad_dtype == BF16 ? step<float, bf16>(a) : step<float, float>(a);
 }
 
 // Decoded, updated moments and the moved parameter.
@@ -171,8 +155,8 @@ static void step8(const AdamW8 &a) {
 
 void adamw8_step(const AdamW8 &a) {
   const AdamW &s = a.step;
-  if (s.param_bf16) return s.grad_bf16 ? step8<bf16, bf16>(a) : step8<bf16, float>(a);
-  return s.grad_bf16 ? step8<float, bf16>(a) : step8<float, float>(a);
+  if (s.dtype == BF16) return s.grad_dtype == BF16 ? step8<bf16, bf16>(a) : step8<bf16, float>(a);
+  return s.grad_dtype == BF16 ? step8<float, bf16>(a) : step8<float, float>(a);
 }
 
 // Squares are summed in float32 over 256 elements at most, then in float64.
@@ -229,19 +213,19 @@ static int fill(AdamW &a, const Tensor &pv, const Tensor &gv, const Tensor &wv, 
             float(params.lr / c1),
             float(1 / c2),
             float(params.grad_scale),
-            pv.dtype == BF16,
-            gv.dtype == BF16};
+            pv.dtype,
+            gv.dtype};
   return EP_OK;
 }
 
 extern "C" int ep_adamw_step(const DLTensor *param, const DLTensor *grad, const DLTensor *exp_avg, const DLTensor *exp_avg_sq,
-                             const DLTensor *master, ep_adamw_params params, void *) {
+                             const DLTensor *master, ep_adamw_params params, void *stream) {
   const char *fn = "adamw_step";
-  EP_VIEW(pv, param, 1, FLOATS);
-  EP_VIEW(gv, grad, 1, FLOATS);
-  EP_VIEW(mv, exp_avg, 1, F32);
-  EP_VIEW(vv, exp_avg_sq, 1, F32);
-  EP_VIEW_OPTIONAL(wv, master, 1, F32);
+  EP_VIEW(pv, param, 1, FLOATS | GPU);
+  EP_VIEW(gv, grad, 1, FLOATS | GPU);
+  EP_VIEW(mv, exp_avg, 1, F32 | GPU);
+  EP_VIEW(vv, exp_avg_sq, 1, F32 | GPU);
+  EP_VIEW_OPTIONAL(wv, master, 1, F32 | GPU);
   const int64_t size = pv.size;
   EP_REQUIRE(gv.size == size && mv.size == size && vv.size == size && (master == nullptr || wv.size == size),
              "%s: param has %lld elements, grad %lld, exp_avg %lld, exp_avg_sq %lld; all must be equal", fn, (long long)size,
@@ -250,21 +234,20 @@ extern "C" int ep_adamw_step(const DLTensor *param, const DLTensor *grad, const 
   const int status = fill(args, pv, gv, wv, params, fn);
   if (status != EP_OK || size == 0) return status;
   args.m = reinterpret_cast<float *>(mv.data), args.v = reinterpret_cast<float *>(vv.data);
-  EP_RUN(adamw_step, args);
-  return EP_OK;
+  EP_DISPATCH(adamw_step, args, stream, fn, &pv, &gv, &mv, &vv, &wv);
 }
 
 extern "C" int ep_adamw8_step(const DLTensor *param, const DLTensor *grad, const DLTensor *exp_avg, const DLTensor *exp_avg_sq,
                               const DLTensor *exp_avg_scale, const DLTensor *exp_avg_sq_scale, const DLTensor *master,
-                              ep_adamw_params params, void *) {
+                              ep_adamw_params params, void *stream) {
   const char *fn = "adamw8_step";
-  EP_VIEW(pv, param, 1, FLOATS);
-  EP_VIEW(gv, grad, 1, FLOATS);
-  EP_VIEW(mv, exp_avg, 1, U8);
-  EP_VIEW(vv, exp_avg_sq, 1, U8);
-  EP_VIEW(ms, exp_avg_scale, 1, F32);
-  EP_VIEW(vs, exp_avg_sq_scale, 1, F32);
-  EP_VIEW_OPTIONAL(wv, master, 1, F32);
+  EP_VIEW(pv, param, 1, FLOATS | GPU);
+  EP_VIEW(gv, grad, 1, FLOATS | GPU);
+  EP_VIEW(mv, exp_avg, 1, U8 | GPU);
+  EP_VIEW(vv, exp_avg_sq, 1, U8 | GPU);
+  EP_VIEW(ms, exp_avg_scale, 1, F32 | GPU);
+  EP_VIEW(vs, exp_avg_sq_scale, 1, F32 | GPU);
+  EP_VIEW_OPTIONAL(wv, master, 1, F32 | GPU);
   const int64_t size = pv.size, groups = (size + GROUP - 1) / GROUP;
   EP_REQUIRE(gv.size == size && mv.size == size && vv.size == size && (master == nullptr || wv.size == size),
              "%s: param has %lld elements, grad %lld, exp_avg %lld, exp_avg_sq %lld; all must be equal", fn, (long long)size,
@@ -277,8 +260,7 @@ extern "C" int ep_adamw8_step(const DLTensor *param, const DLTensor *grad, const
   args.m = reinterpret_cast<uint8_t *>(mv.data), args.v = reinterpret_cast<uint8_t *>(vv.data);
   args.m_scale = reinterpret_cast<float *>(ms.data), args.v_scale = reinterpret_cast<float *>(vs.data);
   args.m_code = &dynamic_code(true), args.v_code = &dynamic_code(false);
-  EP_RUN(adamw8_step, args);
-  return EP_OK;
+  EP_DISPATCH(adamw8_step, args, stream, fn, &pv, &gv, &mv, &vv, &ms, &vs, &wv);
 }
 
 extern "C" int ep_sum_squares(const DLTensor *x, double *result, void *) {

@@ -6,7 +6,7 @@
 // apart, so a scaled magnitude is the index; where it is too close to a midpoint to tell, the tables decide.
 #pragma once
 
-#include "simd.h"
+#include <cstdint>
 
 namespace ep {
 
@@ -28,6 +28,7 @@ const DynamicCode &dynamic_code(bool is_signed);
 }  // namespace ep
 
 #ifdef EP_ISA
+#include "simd.h"
 namespace ep {
 namespace EP_ISA {
 

@@ -5,23 +5,10 @@
 // Backward: du = dy act(g), dg = dy u act'(g). A task is a few rows; everything is one pass.
 #include "enginepost/glu.h"
 
-#include "isa.h"
+#include "glu.h"
 #include "parallel.h"
 #include "simd.h"
 #include "tensor.h"
-
-namespace ep {
-struct Glu {
-  const char *dy, *x;
-  char *out;  // y, or dx in the backward
-  int64_t rows, width;
-  int activation;
-  bool bf16;
-};
-}  // namespace ep
-
-EP_KERNEL(glu_forward, Glu)
-EP_KERNEL(glu_backward, Glu)
 
 #ifndef EP_API
 
@@ -91,9 +78,9 @@ static void rows(const Glu &a) {
 template <bool BACKWARD>
 static void choose(const Glu &a) {
   switch (a.activation) {
-    case EP_SILU: return a.bf16 ? rows<bf16, EP_SILU, BACKWARD>(a) : rows<float, EP_SILU, BACKWARD>(a);
-    case EP_GELU_TANH: return a.bf16 ? rows<bf16, EP_GELU_TANH, BACKWARD>(a) : rows<float, EP_GELU_TANH, BACKWARD>(a);
-    default: return a.bf16 ? rows<bf16, EP_GELU, BACKWARD>(a) : rows<float, EP_GELU, BACKWARD>(a);
+    case EP_SILU: return a.dtype == BF16 ? rows<bf16, EP_SILU, BACKWARD>(a) : rows<float, EP_SILU, BACKWARD>(a);
+    case EP_GELU_TANH: return a.dtype == BF16 ? rows<bf16, EP_GELU_TANH, BACKWARD>(a) : rows<float, EP_GELU_TANH, BACKWARD>(a);
+    default: return a.dtype == BF16 ? rows<bf16, EP_GELU, BACKWARD>(a) : rows<float, EP_GELU, BACKWARD>(a);
   }
 }
 
@@ -119,28 +106,27 @@ static int check(const char *fn, const char *half_name, const Tensor &half, cons
   return EP_OK;
 }
 
-extern "C" int ep_glu_forward(const DLTensor *gate_up, const DLTensor *y, int activation, void *) {
+extern "C" int ep_glu_forward(const DLTensor *gate_up, const DLTensor *y, int activation, void *stream) {
   const char *fn = "glu_forward";
-  EP_VIEW(xv, gate_up, 2, FLOATS);
-  EP_VIEW(yv, y, 2, FLOATS);
+  EP_VIEW(xv, gate_up, 2, FLOATS | GPU);
+  EP_VIEW(yv, y, 2, FLOATS | GPU);
   if (int status = check(fn, "y", yv, "gate_up", xv, activation)) return status;
   if (yv.size == 0) return EP_OK;
-  Glu args{nullptr, xv.data, yv.data, yv.shape[0], yv.shape[1], activation, xv.dtype == BF16};
-  EP_RUN(glu_forward, args);
-  return EP_OK;
+  Glu args{nullptr, xv.data, yv.data, yv.shape[0], yv.shape[1], activation, xv.dtype};
+  EP_DISPATCH(glu_forward, args, stream, fn, &xv, &yv);
 }
 
-extern "C" int ep_glu_backward(const DLTensor *dy, const DLTensor *gate_up, const DLTensor *dgate_up, int activation, void *) {
+extern "C" int ep_glu_backward(const DLTensor *dy, const DLTensor *gate_up, const DLTensor *dgate_up, int activation,
+                               void *stream) {
   const char *fn = "glu_backward";
-  EP_VIEW(dv, dy, 2, FLOATS);
-  EP_VIEW(xv, gate_up, 2, FLOATS);
-  EP_VIEW(dxv, dgate_up, 2, FLOATS);
+  EP_VIEW(dv, dy, 2, FLOATS | GPU);
+  EP_VIEW(xv, gate_up, 2, FLOATS | GPU);
+  EP_VIEW(dxv, dgate_up, 2, FLOATS | GPU);
   if (int status = check(fn, "dy", dv, "gate_up", xv, activation)) return status;
   if (int status = check(fn, "dy", dv, "dgate_up", dxv, activation)) return status;
   if (dv.size == 0) return EP_OK;
-  Glu args{dv.data, xv.data, dxv.data, dv.shape[0], dv.shape[1], activation, xv.dtype == BF16};
-  EP_RUN(glu_backward, args);
-  return EP_OK;
+  Glu args{dv.data, xv.data, dxv.data, dv.shape[0], dv.shape[1], activation, xv.dtype};
+  EP_DISPATCH(glu_backward, args, stream, fn, &xv, &dv, &dxv);
 }
 
 #endif

@@ -13,6 +13,7 @@
 namespace ep {
 constexpr int TILE = 256;
 constexpr int64_t SUM_BLOCK = 65536;
+constexpr int RANK_SLOTS = 1024;
 struct Piece {
   const char *data;
   bool bf16;
@@ -33,8 +34,14 @@ struct MergeGram {
 };
 struct MergeCounts {
   Piece x, base;
+  int64_t size, every;
+  int64_t *counts;
+};
+struct MergeWindowCounts {
+  Piece x, base;
   int64_t size;
-  int prefix;
+  const int64_t *windows;
+  int count;
   int64_t *counts;
 };
 struct MergeMaskedSums {
@@ -47,9 +54,10 @@ struct MergeMaskedSums {
 struct MergeRankMask {
   Piece x, base;
   int64_t size, start, columns;
-  const int64_t *limits;
+  float least, step;  // keep where the upper 24 bits of the draw are below least + step * (twice the rank)
   uint64_t key;
   int32_t *mask, *workspace;
+  double *total;
 };
 struct MergeTaskSum {
   Piece x[EP_MERGE_MAX_INPUTS], base;
@@ -77,6 +85,7 @@ struct MergeRandom {
 EP_KERNEL(merge_weighted_sum, MergeWeightedSum)
 EP_KERNEL(merge_gram, MergeGram)
 EP_KERNEL(merge_counts, MergeCounts)
+EP_KERNEL(merge_window_counts, MergeWindowCounts)
 EP_KERNEL(merge_masked_sums, MergeMaskedSums)
 EP_KERNEL(merge_rank_mask, MergeRankMask)
 EP_KERNEL(merge_task_sum, MergeTaskSum)
@@ -117,9 +126,34 @@ static inline void load_delta(const Piece &x, const Piece &base, int64_t at, int
   for (int j = 0; j < TILE; j++) d[j] -= b[j];
 }
 
+// NOTES: bits change their type one element at a time: that becomes vector code, and a memcpy of a tile does not.
+static inline int32_t bits_of(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+static inline float float_of(int32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
 static inline void magnitude_bits(const float *d, int32_t *bits) {
-  std::memcpy(bits, d, TILE * 4);
-  for (int j = 0; j < TILE; j++) bits[j] &= 0x7fffffff;
+  for (int j = 0; j < TILE; j++) bits[j] = bits_of(d[j]) & 0x7fffffff;
+}
+
+// 32 masks (-1 or 0) to 32 bits, the first to the lowest.
+static inline uint32_t pack(const int32_t *mask) {
+#if defined(__AVX2__)
+  uint32_t word = 0;
+  for (int j = 0; j < 32; j += 8)
+    word |= uint32_t(_mm256_movemask_ps(_mm256_loadu_ps(reinterpret_cast<const float *>(mask + j)))) << j;
+  return word;
+#else
+  uint32_t word = 0;
+  for (int j = 0; j < 32; j++) word |= uint32_t(mask[j] & 1) << j;
+  return word;
+#endif
 }
 
 static inline uint64_t block_key(uint64_t key, uint64_t block) {
@@ -203,42 +237,62 @@ void merge_gram(const MergeGram &a) {
 void merge_counts(const MergeCounts &a) {
   float d[TILE];
   int32_t bits[TILE];
-  const int64_t table = a.prefix < 0 ? 65536 : 32768;
-  int64_t *even = a.counts, *odd = a.counts + table;
+  int64_t *even = a.counts, *odd = a.counts + 65536;
+  for (int64_t at = 0; at < a.size; at += TILE * a.every) {
+    const int n = int(a.size - at < TILE ? a.size - at : TILE);
+    load_delta(a.x, a.base, at, n, d);
+    magnitude_bits(d, bits);
+    int j = 0;
+    for (; j + 2 <= n; j += 2) {
+      even[bits[j] >> 15]++;
+      odd[bits[j + 1] >> 15]++;
+    }
+    if (j < n) even[bits[j] >> 15]++;
+  }
+}
+
+void merge_window_counts(const MergeWindowCounts &a) {
+  float d[TILE];
+  int32_t bits[TILE], in[TILE];
   for (int64_t at = 0; at < a.size; at += TILE) {
     const int n = int(a.size - at < TILE ? a.size - at : TILE);
     load_delta(a.x, a.base, at, n, d);
     magnitude_bits(d, bits);
-    if (a.prefix < 0) {
-      int j = 0;
-      for (; j + 2 <= n; j += 2) {
-        even[bits[j] >> 15]++;
-        odd[bits[j + 1] >> 15]++;
+    int64_t *counts = a.counts;
+    for (int w = 0; w < a.count; w++) {
+      const int32_t low = int32_t(a.windows[2 * w]);
+      const uint32_t width = uint32_t(a.windows[2 * w + 1]);
+      int32_t below = 0;
+      for (int j = 0; j < TILE; j++) {
+        below += bits[j] < low;
+        in[j] = -int32_t(uint32_t(bits[j] - low) < width);
       }
-      if (j < n) even[bits[j] >> 15]++;
-      continue;
-    }
-    for (int j = 0; j < n; j++) {
-      if ((bits[j] >> 15) == a.prefix) (j & 1 ? odd : even)[bits[j] & 0x7fff]++;
+      counts[0] += below - (low > 0 ? TILE - n : 0);  // the padding is zero and not there
+      for (int from = 0; from < n; from += 32) {
+        uint32_t hits = pack(in + from);
+        if (n - from < 32) hits &= (1u << (n - from)) - 1;
+        for (; hits != 0; hits &= hits - 1) counts[1 + bits[from + __builtin_ctz(hits)] - low]++;
+      }
+      counts += 1 + int64_t(width);
     }
   }
 }
 
-// keep[j] = 1 or 0 for a tile of a task vector d whose first element is element `at` of the piece and `index` of the tensor.
+// keep[j] = -1 or 0 for a tile of a task vector d whose first element is element `at` of the piece and `index` of the tensor.
 static inline void keep_tile(ep_merge_select &s, const int32_t *mask, const float *d, int64_t at, int64_t index, int n,
-                             float *keep) {
+                             int32_t *keep) {
   if (s.kind == EP_SELECT_ALL || s.kind == EP_SELECT_NONE) {
-    for (int j = 0; j < TILE; j++) keep[j] = s.kind == EP_SELECT_ALL ? 1.f : 0.f;
+    for (int j = 0; j < TILE; j++) keep[j] = s.kind == EP_SELECT_ALL ? -1 : 0;
     return;
   }
   if (s.kind == EP_SELECT_RANDOM) {
     uint32_t draw[TILE] = {};
     random_tile(s.key, index, n, draw);
     if (s.limit > 0xffffffffu) {
-      for (int j = 0; j < TILE; j++) keep[j] = 1.f;
+      for (int j = 0; j < TILE; j++) keep[j] = -1;
     } else {
       const uint32_t limit = uint32_t(s.limit);
-      for (int j = 0; j < TILE; j++) keep[j] = draw[j] < limit ? 1.f : 0.f;
+      for (int j = 0; j < TILE; j++) keep[j] = -int32_t(draw[j] < limit);
     }
     return;
   }
@@ -248,43 +302,52 @@ static inline void keep_tile(ep_merge_select &s, const int32_t *mask, const floa
       uint32_t bits = word <= last ? uint32_t(mask[word]) >> shift : 0;
       if (shift != 0 && word < last) bits |= uint32_t(mask[word + 1]) << (32 - shift);
       if (n - from < 32) bits &= n > from ? (1u << (n - from)) - 1 : 0;
-      for (int j = 0; j < 32; j++) keep[from + j] = float((bits >> j) & 1);
+      for (int j = 0; j < 32; j++) keep[from + j] = -int32_t((bits >> j) & 1);
     }
     return;
   }
   int32_t bits[TILE];
   magnitude_bits(d, bits);
-  int32_t lows = 0, highs = 0;
-  for (int j = 0; j < TILE; j++) {
-    lows += bits[j] == s.low;
-    highs += bits[j] == s.high;
+  bool low_in = s.seen_low >= s.low_skip, high_in = false;  // whether elements equal to low, to high, are in: all of this tile's
+  bool whole = s.low != s.high;                             // or none
+  if (whole && !(low_in && s.seen_high >= s.high_keep)) {   // else it does not matter how many there are
+    int32_t lows = 0, highs = 0;
+    for (int j = 0; j < TILE; j++) {
+      lows += bits[j] == s.low;
+      highs += bits[j] == s.high;
+    }
+    lows -= s.low == 0 ? TILE - n : 0;  // the padding is zero and not there
+    highs -= s.high == 0 ? TILE - n : 0;
+    high_in = s.seen_high + highs <= s.high_keep;
+    whole = (low_in || s.seen_low + lows <= s.low_skip) && (high_in || s.seen_high >= s.high_keep);
+    if (whole) {
+      s.seen_low += lows;
+      s.seen_high += highs;
+    }
   }
-  for (int j = n; j < TILE; j++) {  // the padding is not there
-    lows -= bits[j] == s.low;
-    highs -= bits[j] == s.high;
-  }
-  const bool low_all = s.seen_low >= s.low_skip, low_none = s.seen_low + lows <= s.low_skip;
-  const bool high_all = s.seen_high + highs <= s.high_keep, high_none = s.seen_high >= s.high_keep;
-  if (s.low != s.high && (low_all || low_none) && (high_all || high_none)) {
-    // whole tile at once: low and high are in or out together
-    const int32_t above = low_all ? s.low - 1 : s.low, below = high_all && !high_none ? s.high : s.high - 1;
-    for (int j = 0; j < TILE; j++) keep[j] = (bits[j] > above) & (bits[j] <= below) ? 1.f : 0.f;
-    s.seen_low += lows;
-    s.seen_high += highs;
+  if (whole) {
+    const int32_t above = low_in ? s.low - 1 : s.low, below = high_in ? s.high : s.high - 1;
+    for (int j = 0; j < TILE; j++) keep[j] = -int32_t((bits[j] > above) & (bits[j] <= below));
     return;
   }
   for (int j = 0; j < n; j++) {
     bool in = bits[j] > s.low && bits[j] < s.high;
     if (bits[j] == s.low) in = s.seen_low++ >= s.low_skip && (s.low != s.high || s.seen_low <= s.high_keep);
     if (bits[j] == s.high && s.low != s.high) in = s.seen_high++ < s.high_keep;
-    keep[j] = in ? 1.f : 0.f;
+    keep[j] = -int32_t(in);
   }
   if (s.low == s.high) s.seen_high = s.seen_low;
-  for (int j = n; j < TILE; j++) keep[j] = 0.f;
+  for (int j = n; j < TILE; j++) keep[j] = 0;
+}
+
+// d where keep is -1, else 0
+static inline void apply(const int32_t *keep, float *d) {
+  for (int j = 0; j < TILE; j++) d[j] = float_of(bits_of(d[j]) & keep[j]);
 }
 
 void merge_masked_sums(const MergeMaskedSums &a) {
-  float d[TILE], keep[TILE];
+  float d[TILE];
+  int32_t keep[TILE];
   for (int64_t block = 0; block < a.size; block += a.block) {
     const int64_t end = a.size - block < a.block ? a.size : block + a.block;
     double all = 0, kept = 0;
@@ -292,120 +355,95 @@ void merge_masked_sums(const MergeMaskedSums &a) {
       const int n = int(end - at < TILE ? end - at : TILE);
       load_delta(a.x, a.base, at, n, d);
       keep_tile(*a.select, a.mask, d, at, a.start + at, n, keep);
-      for (int j = 0; j < TILE; j++) {
-        d[j] = d[j] < 0 ? -d[j] : d[j];
-        keep[j] *= d[j];
-      }
+      for (int j = 0; j < TILE; j++) d[j] = d[j] < 0 ? -d[j] : d[j];
       all += sum_tile(d);
-      kept += sum_tile(keep);
+      apply(keep, d);
+      kept += sum_tile(d);
     }
     a.total[0] += all;
     a.total[1] += kept;
   }
 }
 
-// Ranks are needed only where the draw falls between the limits of the lowest and the highest rank that an element can have, given
-// how many elements of the row have smaller upper 15 bits (its slot). Those few are ranked among their equals: by a scan of the row
-// if they are very few, else after the row was sorted into its slots. Slot 0 is for zeros, of which fine-tunes have many, and the
-// others begin with that of the smallest element, so that the slots in use are those of a few octaves. No loop over a row has a
-// branch.
+// out[j] = table[index[j]], and 0 behind n
+static inline void look_up(const int32_t *table, const int32_t *index, int n, int32_t *out) {
+  int j = 0;
+#if defined(__AVX2__)
+  for (; j + 8 <= n; j += 8) {
+    const __m256i at = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(index + j));
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + j), _mm256_i32gather_epi32(table, at, 4));
+  }
+#endif
+  for (; j < n; j++) out[j] = table[index[j]];
+  for (; j < TILE; j++) out[j] = 0;
+}
+
+// The rank of an element comes from a count of the row's magnitudes by exponent and 6 bits of the fraction, so that one count and
+// one table of limits serve a row: magnitudes that agree in them are equal, and equal ones share the mean of their ranks. The table
+// reaches 16 octaves down from the largest magnitude of the row; what is below, zeros above all, is in its first slot.
 void merge_rank_mask(const MergeRankMask &a) {
-  constexpr int SLOTS = 32768, SHIFT = 16, SCAN = 10;
+  constexpr int SLOTS = RANK_SLOTS, SHIFT = 17;
   const int64_t columns = a.columns;
-  int32_t *first = a.workspace, *place = first + SLOTS + 2, *surely = place + SLOTS + 1, *maybe = surely + SLOTS + 1,
-          *bits = maybe + SLOTS + 1, *slot = bits + columns + TILE, *order = slot + columns, *open = order + columns;
-  uint32_t draw[TILE];
+  int32_t *even = a.workspace, *odd = even + SLOTS, *limit = odd + SLOTS, *slot = limit + SLOTS, *bits = slot + columns + TILE;
+  uint32_t draw[TILE] = {};
+  int32_t keep[TILE];
   float d[TILE];
   std::memset(a.mask, 0, size_t((a.size + 31) / 32) * 4);
   for (int64_t row = 0; row + columns <= a.size; row += columns) {
+    int32_t most = 0;
     for (int64_t at = 0; at < columns; at += TILE) {
       const int n = int(columns - at < TILE ? columns - at : TILE);
       load_delta(a.x, a.base, row + at, n, d);
       magnitude_bits(d, bits + at);
+      for (int j = 0; j < TILE; j++) most = bits[at + j] > most ? bits[at + j] : most;
     }
-    uint32_t least = 0xffffffffu, most = 0;
+    const int32_t lowest = (most >> SHIFT) < SLOTS ? 0 : (most >> SHIFT) - (SLOTS - 1), slots = (most >> SHIFT) - lowest + 1;
+    std::memset(even, 0, size_t(slots) * 4);
+    std::memset(odd, 0, size_t(slots) * 4);
     for (int64_t j = 0; j < columns; j++) {
-      const uint32_t mine = uint32_t(bits[j]) >> SHIFT, counted = mine - 1;  // zero is not the smallest
-      least = counted < least ? counted : least;
-      most = mine > most ? mine : most;
-    }
-    const int32_t before = most == 0 ? 0 : int32_t(least);  // the slot of b is b - before, 0 if that is negative
-    const int32_t slots = int32_t(most) - before + 1;
-    for (int64_t j = 0; j < columns; j++) {
-      const int32_t s = (bits[j] >> SHIFT) - before;
+      const int32_t s = (bits[j] >> SHIFT) - lowest;
       slot[j] = s > 0 ? s : 0;
-      bits[j] = s > 0 ? bits[j] : 0;  // magnitudes below 2^-133 count as zero
     }
-    for (int s = 0; s <= slots; s++) first[s] = 0;
-    for (int64_t j = 0; j < columns; j++) first[slot[j] + 1]++;
+    int64_t j = 0;
+    for (; j + 2 <= columns; j += 2) {
+      even[slot[j]]++;
+      odd[slot[j + 1]]++;
+    }
+    if (j < columns) even[slot[j]]++;
+    for (int s = 0; s < slots; s++) odd[s] += even[s];
+    int32_t before = 0;
     for (int s = 0; s < slots; s++) {
-      first[s + 1] += first[s];
-      surely[s] = int32_t(uint32_t(a.limits[first[s] < columns ? first[s] : columns - 1]));
-      maybe[s] = int32_t(uint32_t(a.limits[first[s + 1] > 0 ? first[s + 1] - 1 : 0]));
+      even[s] = before;
+      before += odd[s];
     }
-    int64_t waiting = 0;
+    for (int s = 0; s < slots; s++) limit[s] = int32_t(a.least + a.step * float(2 * even[s] + odd[s] - 1));  // twice the mean rank
+    double all = 0, kept = 0;
     for (int64_t at = 0; at < columns; at += TILE) {
       const int n = int(columns - at < TILE ? columns - at : TILE);
       random_tile(a.key, a.start + row + at, n, draw);
+      look_up(limit, slot + at, n, keep);
+      for (int k = 0; k < TILE; k++) keep[k] = -int32_t(int32_t(draw[k] >> 8) < keep[k]);
       for (int from = 0; from < n; from += 32) {
-        const int count = n - from < 32 ? n - from : 32;
-        uint32_t word = 0;
-        for (int j = 0; j < count; j++) {
-          const int32_t s = slot[at + from + j];
-          const uint32_t u = draw[from + j], low = uint32_t(surely[s]), high = uint32_t(maybe[s]);
-          word |= uint32_t(u < low) << j;
-          open[waiting] = int32_t(at + from + j);
-          waiting += (u >= low) & (u < high);
-        }
+        const uint32_t word = pack(keep + from);
         const int64_t i = row + at + from, shift = i & 31;
         a.mask[i >> 5] |= int32_t(word << shift);
         if (shift != 0 && (word >> (32 - shift)) != 0) a.mask[(i >> 5) + 1] |= int32_t(word >> (32 - shift));
       }
+      if (a.total == nullptr) continue;
+      for (int k = 0; k < TILE; k++) d[k] = float_of(bits[at + k]);
+      all += sum_tile(d);
+      apply(keep, d);
+      kept += sum_tile(d);
     }
-    const bool sorted = waiting > SCAN;
-    if (sorted) {
-      for (int s = 0; s < slots; s++) place[s] = first[s];
-      for (int64_t j = 0; j < columns; j++) order[place[slot[j]]++] = int32_t(j);
-      for (int s = 0; s < slots; s++) place[s] = 0;  // from here: 0 = not looked at, 1 = all equal, 2 = not
-    }
-    for (int64_t w = 0; w < waiting; w++) {
-      const int32_t j = open[w], mine = bits[j], s = slot[j];
-      int32_t rank = 0;
-      if (!sorted) {
-        for (int32_t k = 0; k < j; k++) rank += bits[k] <= mine;
-        for (int64_t k = j; k < columns; k++) rank += bits[k] < mine;
-      } else {
-        const int32_t *from = order + first[s], *end = order + first[s + 1];
-        if (place[s] == 0) {
-          int32_t differ = 0;
-          for (const int32_t *k = from; k < end; k++) differ |= bits[*k] ^ mine;
-          place[s] = differ == 0 ? 1 : 2;
-        }
-        if (place[s] == 1) {  // as many as come before it
-          const int32_t *low = from, *high = end;
-          while (low < high) {
-            const int32_t *middle = low + (high - low) / 2;
-            if (*middle < j) {
-              low = middle + 1;
-            } else {
-              high = middle;
-            }
-          }
-          rank = int32_t(low - order);
-        } else {
-          rank = first[s];
-          for (const int32_t *k = from; k < end; k++) rank += (bits[*k] < mine) | ((bits[*k] == mine) & (*k < j));
-        }
-      }
-      random_tile(a.key, a.start + row + j, 1, draw);
-      const int64_t i = row + j;
-      if (int64_t(draw[0]) < a.limits[rank]) a.mask[i >> 5] |= int32_t(1u << (i & 31));
-    }
+    if (a.total == nullptr) continue;
+    a.total[0] += all;
+    a.total[1] += kept;
   }
 }
 
 void merge_task_sum(const MergeTaskSum &a) {
-  float b[TILE], keep[TILE], v[EP_MERGE_MAX_INPUTS][TILE], mixed[TILE], divisor[TILE], sign[TILE];
+  float b[TILE], v[EP_MERGE_MAX_INPUTS][TILE], mixed[TILE], divisor[TILE], sign[TILE];
+  int32_t keep[TILE];
   int64_t signs = 0;
   for (int64_t at = 0; at < a.size; at += TILE) {
     const int n = int(a.size - at < TILE ? a.size - at : TILE);
@@ -418,7 +456,7 @@ void merge_task_sum(const MergeTaskSum &a) {
       const float scale = s.scale, weight = s.weight;
       if (s.kind != EP_SELECT_ALL) {
         keep_tile(s, a.mask[i], d, at, a.p.start + at, n, keep);
-        for (int j = 0; j < TILE; j++) d[j] = keep[j] != 0.f ? d[j] : 0.f;
+        apply(keep, d);
       }
       for (int j = 0; j < TILE; j++) d[j] = (d[j] * scale) * weight;
     }
@@ -575,17 +613,38 @@ extern "C" int ep_merge_gram(const DLTensor *const *x, int count, const DLTensor
   return EP_OK;
 }
 
-extern "C" int ep_merge_magnitude_counts(const DLTensor *x, const DLTensor *base, int prefix, int64_t *counts) {
+extern "C" int ep_merge_magnitude_counts(const DLTensor *x, const DLTensor *base, int64_t every, int64_t *counts) {
   const char *fn = "merge_magnitude_counts";
   MergeCounts a{};
   a.size = pieces(&a.x, &x, 1, fn);
   if (a.size < 0) return EP_INVALID_ARGUMENT;
   if (base != nullptr && !piece(a.base, base, fn, "base", a.size)) return EP_INVALID_ARGUMENT;
-  EP_REQUIRE(prefix >= -1 && prefix < 65536, "%s: prefix is %d; -1 to 65535 are taken", fn, prefix);
+  EP_REQUIRE(every >= 1 && every <= 65536, "%s: every is %lld; 1 to 65536 are taken", fn, (long long)every);
   EP_REQUIRE(counts != nullptr, "%s: counts is missing", fn);
-  a.prefix = prefix;
+  a.every = every;
   a.counts = counts;
   EP_RUN(merge_counts, a);
+  return EP_OK;
+}
+
+extern "C" int ep_merge_window_counts(const DLTensor *x, const DLTensor *base, const int64_t *windows, int count, int64_t *counts) {
+  const char *fn = "merge_window_counts";
+  MergeWindowCounts a{};
+  a.size = pieces(&a.x, &x, 1, fn);
+  if (a.size < 0) return EP_INVALID_ARGUMENT;
+  if (base != nullptr && !piece(a.base, base, fn, "base", a.size)) return EP_INVALID_ARGUMENT;
+  EP_REQUIRE(count >= 1 && count <= EP_MERGE_MAX_WINDOWS, "%s: %d windows; 1 to %d are taken", fn, count,
+             int(EP_MERGE_MAX_WINDOWS));
+  EP_REQUIRE(windows != nullptr && counts != nullptr, "%s: %s is missing", fn, windows == nullptr ? "windows" : "counts");
+  for (int i = 0; i < count; i++) {
+    const int64_t low = windows[2 * i], width = windows[2 * i + 1], most = int64_t(1) << 31;
+    EP_REQUIRE(low >= 0 && width >= 1 && low < most && width <= most,
+               "%s: window %d begins at %lld and is %lld wide; bits go from 0 to 2^31", fn, i, (long long)low, (long long)width);
+  }
+  a.windows = windows;
+  a.count = count;
+  a.counts = counts;
+  EP_RUN(merge_window_counts, a);
   return EP_OK;
 }
 
@@ -607,32 +666,32 @@ extern "C" int ep_merge_masked_sums(const DLTensor *x, const DLTensor *base, ep_
   return EP_OK;
 }
 
-extern "C" int64_t ep_merge_rank_mask_workspace_bytes(int64_t columns) { return 4 * (4 * (32768 + 2) + 256 + 4 * columns + 8); }
+extern "C" int64_t ep_merge_rank_mask_workspace_bytes(int64_t columns) { return 4 * (3 * RANK_SLOTS + 2 * (columns + TILE)); }
 
-extern "C" int ep_merge_rank_mask(const DLTensor *x, const DLTensor *base, const DLTensor *limits, uint64_t key, int64_t start,
-                                  const DLTensor *mask, void *workspace) {
+extern "C" int ep_merge_rank_mask(const DLTensor *x, const DLTensor *base, ep_merge_rank_params params, const DLTensor *mask,
+                                  double *total, void *workspace) {
   const char *fn = "merge_rank_mask";
   MergeRankMask a{};
   a.size = pieces(&a.x, &x, 1, fn);
   if (a.size < 0 || !piece(a.base, base, fn, "base", a.size)) return EP_INVALID_ARGUMENT;
-  EP_VIEW(lv, limits, 1, I64);
   EP_VIEW(mv, mask, 1, I32);
-  EP_REQUIRE(lv.size >= 1 && lv.size < (int64_t(1) << 31) && a.size % lv.size == 0, "%s: %lld elements are no rows of %lld", fn,
-             (long long)a.size, (long long)lv.size);
-  for (int64_t i = 0; i < lv.size; i++) {
-    const int64_t limit = reinterpret_cast<const int64_t *>(lv.data)[i];
-    EP_REQUIRE(limit >= 0 && limit < (int64_t(1) << 32), "%s: limits[%lld] is %lld; 0 to 2^32 - 1 are taken", fn, (long long)i,
-               (long long)limit);
-  }
+  const int64_t columns = params.columns;
+  EP_REQUIRE(columns >= 1 && columns < (int64_t(1) << 30) && a.size % columns == 0, "%s: %lld elements are no rows of %lld", fn,
+             (long long)a.size, (long long)columns);
+  EP_REQUIRE(params.epsilon >= 0 && params.density - params.epsilon >= 0 && params.density + params.epsilon <= 1,
+             "%s: density %g and epsilon %g; probabilities from density - epsilon to density + epsilon must lie in 0 to 1", fn,
+             params.density, params.epsilon);
   EP_REQUIRE(mv.size == (a.size + 31) / 32, "%s: mask has %lld words for %lld elements", fn, (long long)mv.size, (long long)a.size);
   EP_REQUIRE(workspace != nullptr && reinterpret_cast<uintptr_t>(workspace) % 4 == 0, "%s: workspace is %s", fn,
              workspace == nullptr ? "missing" : "not aligned to 4 bytes");
-  if (!start_of(start, fn)) return EP_INVALID_ARGUMENT;
-  a.columns = lv.size;
-  a.limits = reinterpret_cast<const int64_t *>(lv.data);
-  a.key = key;
-  a.start = start;
+  if (!start_of(params.start, fn)) return EP_INVALID_ARGUMENT;
+  a.columns = columns;
+  a.least = float((columns > 1 ? params.density - params.epsilon : params.density) * 16777216.0 + 0.5);
+  a.step = columns > 1 ? float(params.epsilon / double(columns - 1) * 16777216.0) : 0.f;
+  a.key = params.key;
+  a.start = params.start;
   a.mask = reinterpret_cast<int32_t *>(mv.data);
+  a.total = total;
   a.workspace = static_cast<int32_t *>(workspace);
   EP_RUN(merge_rank_mask, a);
   return EP_OK;

@@ -3,22 +3,10 @@
 // Layout: x (T, H, D), heads and dims contiguous, tokens at a stride of their own; y contiguous. A task is one token.
 #include "enginepost/rope.h"
 
-#include "isa.h"
 #include "parallel.h"
+#include "rope.h"
 #include "simd.h"
 #include "tensor.h"
-
-namespace ep {
-struct Rope {
-  const char *x;
-  const float *cos, *sin;
-  char *y;
-  int64_t tokens, heads, rotated_heads, dim, half, x_stride, y_stride;
-  bool inverse, bf16;
-};
-}  // namespace ep
-
-EP_KERNEL(rope_rotate, Rope)
 
 #ifndef EP_API
 
@@ -46,7 +34,7 @@ void rope_rotate(const Rope &a) {
   constexpr int64_t TOKENS = 8;
   parallel_for((a.tokens + TOKENS - 1) / TOKENS, [&](int64_t task, int) {
     for (int64_t t = task * TOKENS; t < a.tokens && t < (task + 1) * TOKENS; t++) {
-      a.bf16 ? rotate_token<bf16>(a, t) : rotate_token<float>(a, t);
+      a.dtype == BF16 ? rotate_token<bf16>(a, t) : rotate_token<float>(a, t);
     }
   });
 }
@@ -57,13 +45,13 @@ void rope_rotate(const Rope &a) {
 #else
 
 extern "C" int ep_rope(const DLTensor *x, const DLTensor *cos, const DLTensor *sin, const DLTensor *y, int64_t heads, int inverse,
-                       void *) {
+                       void *stream) {
   using namespace ep;
   const char *fn = "rope";
-  EP_VIEW(xv, x, 3, FLOATS);
-  EP_VIEW(cv, cos, 2, F32);
-  EP_VIEW(sv, sin, 2, F32);
-  EP_VIEW(yv, y, 3, FLOATS);
+  EP_VIEW(xv, x, 3, FLOATS | GPU);
+  EP_VIEW(cv, cos, 2, F32 | GPU);
+  EP_VIEW(sv, sin, 2, F32 | GPU);
+  EP_VIEW(yv, y, 3, FLOATS | GPU);
   const int64_t tokens = xv.shape[0], dim = xv.shape[2], half = cv.shape[1];
   EP_REQUIRE(cv.contiguous && sv.contiguous, "%s: cos and sin must be contiguous", fn);
   EP_REQUIRE(cv.shape[0] == tokens && sv.shape[0] == tokens && sv.shape[1] == half,
@@ -89,9 +77,8 @@ extern "C" int ep_rope(const DLTensor *x, const DLTensor *cos, const DLTensor *s
             xv.stride[0],
             yv.stride[0],
             inverse != 0,
-            xv.dtype == BF16};
-  EP_RUN(rope_rotate, args);
-  return EP_OK;
+            xv.dtype};
+  EP_DISPATCH(rope_rotate, args, stream, fn, &xv, &cv, &sv, &yv);
 }
 
 #endif

@@ -166,7 +166,11 @@ class _Reader:
         record = records.parse(value, place, self.format)
         if self.method == "pretrain" and record.format != "text":
             raise DataError(f"{place}: method pretrain reads documents (the key text), not {record.format} records")
-        if record.format == "prompt_completion" and record.messages is None and self.template is not None:
+        return self.rendered(file, number, place, record)
+
+    def rendered(self, file: int, number: int, place: str, record: records.Record) -> _Row:
+        """A record as text. Texts of a prompt and its answer become turns where the recipe names a template."""
+        if record.format != "text" and record.messages is None and self.template is not None:
             turns = record.text[: record.prompt_length], record.text[record.prompt_length :]
             messages = [
                 {"role": role, "content": text} for role, text in zip(("user", "assistant"), turns, strict=True)
@@ -233,11 +237,22 @@ class _Builder:
         self.stops = set(tokenizer.stop_ids)
 
     def add(self, rows: list[_Row]) -> None:
+        pending: list[tuple[Ids, NDArray[np.bool_]]] = []
+        for row, ids, labels in self.encode(rows):
+            pending += self._place(row, ids, labels)
+        self.keep(pending)
+
+    def keep(self, pending: list[tuple[Ids, NDArray[np.bool_]]]) -> None:
+        if pending:
+            self.ids.append(np.concatenate([ids for ids, _ in pending]))
+            self.labels.append(np.concatenate([labels for _, labels in pending]))
+
+    def encode(self, rows: list[_Row]) -> Iterator[tuple[_Row, Ids, NDArray[np.bool_]]]:
+        """ids and labels of each row, empty ones left out; counts what happens."""
         plain = [row for row in rows if row.spans is None]
         spanned = [row for row in rows if row.spans is not None]
         bare = iter(self.tokenizer.encode_batch([row.text for row in plain]))
         located = iter(self.tokenizer.encode_batch_with_offsets([row.text for row in spanned]))
-        pending: list[tuple[Ids, NDArray[np.bool_]]] = []
         for row in rows:
             self.report.rows += 1
             self.formats[row.file][row.format] += 1
@@ -253,12 +268,9 @@ class _Builder:
                     self.report.skipped += 1
                     continue
                 ids, labels = self._enclose(ids, labels, row.spans is None)
-                self.report.untemplated += row.format == "prompt_completion" and bool(self.tokenizer.chat_templates)
+                self.report.untemplated += row.format != "text" and bool(self.tokenizer.chat_templates)
             self._check_ids(ids, row)
-            pending += self._place(row, ids, labels)
-        if pending:
-            self.ids.append(np.concatenate([ids for ids, _ in pending]))
-            self.labels.append(np.concatenate([labels for _, labels in pending]))
+            yield row, ids, labels
 
     def finish(self) -> Dataset:
         self._complain()

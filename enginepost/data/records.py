@@ -50,7 +50,7 @@ class Record:
 def parse(value: Any, place: str, format: str = "auto") -> Record:
     """The record at `place` ("file:row"). Raises DataError naming the place, the keys found and the formats tried."""
     if not isinstance(value, dict):
-        raise DataError(f"{place}: a record is a JSON object, this one is {_kind(value)}")
+        raise DataError(f"{place}: a record is a JSON object, this one is {kind_of(value)}")
     record = {key: item for key, item in value.items() if item is not None}
     if format != "auto" and format not in KEYS:
         raise DataError(f"unknown format {format!r}: use auto, {', '.join(KEYS)}")
@@ -68,18 +68,18 @@ def parse(value: Any, place: str, format: str = "auto") -> Record:
 
 
 def _messages(record: dict[str, Any], place: str) -> Record:
-    return _conversation("messages", _list(record["messages"], "messages", place), record, place)
+    return conversation("messages", list_of(record["messages"], "messages", place), record, place)
 
 
-def _sharegpt(record: dict[str, Any], place: str) -> Record:
-    turns = _list(record["conversations"], "conversations", place)
+def sharegpt(record: dict[str, Any], place: str) -> Record:
+    turns = list_of(record["conversations"], "conversations", place)
     messages = []
     for number, turn in enumerate(turns, 1):
         if isinstance(turn, dict) and "role" in turn and "content" in turn:  # ShareGPT in name, OpenAI in keys
             messages.append(turn)
             continue
         if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-            found = sorted(turn) if isinstance(turn, dict) else _kind(turn)
+            found = sorted(turn) if isinstance(turn, dict) else kind_of(turn)
             raise DataError(
                 f"{place}: turn {number} of conversations should have the keys from and value, found {found}"
             )
@@ -93,52 +93,52 @@ def _sharegpt(record: dict[str, Any], place: str) -> Record:
             messages.append({"role": role, "content": "", "tool_calls": calls, **more})
         else:
             messages.append({"role": role, "content": turn["value"], **more})
-    return _conversation("sharegpt", _with_system(messages, record, place), record, place)
+    return conversation("sharegpt", with_system(messages, record, place), record, place)
 
 
 def _alpaca(record: dict[str, Any], place: str) -> Record:
-    instruction, output = _text(record, "instruction", place), _text(record, "output", place)
-    extra = _text(record, "input", place) if "input" in record else ""
+    instruction, output = text_of(record, "instruction", place), text_of(record, "output", place)
+    extra = text_of(record, "input", place) if "input" in record else ""
     messages = []
-    for pair in _list(record.get("history") or [], "history", place):
+    for pair in list_of(record.get("history") or [], "history", place):
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(side, str) for side in pair)):
             raise DataError(f"{place}: history should be a list of [user, assistant] texts")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     user = f"{instruction}\n{extra}" if extra.strip() else instruction
     messages += [{"role": "user", "content": user}, {"role": "assistant", "content": output}]
-    return _conversation("alpaca", _with_system(messages, record, place), record, place)
+    return conversation("alpaca", with_system(messages, record, place), record, place)
 
 
 def _prompt_completion(record: dict[str, Any], place: str) -> Record:
-    prompt, completion = (_maybe_json(record[key]) for key in ("prompt", "completion"))
+    prompt, completion = (maybe_json(record[key]) for key in ("prompt", "completion"))
     if isinstance(prompt, str) and isinstance(completion, str):
         return Record("prompt_completion", text=prompt + completion, prompt_length=len(prompt))
     if not (isinstance(prompt, list) and isinstance(completion, list)):
         raise DataError(
             f"{place}: prompt and completion should both be text or both be lists of messages,"
-            f" found {_kind(prompt)} and {_kind(completion)}"
+            f" found {kind_of(prompt)} and {kind_of(completion)}"
         )
-    found = _conversation("prompt_completion", [*prompt, *completion], record, place)
+    found = conversation("prompt_completion", [*prompt, *completion], record, place)
     found.train[: len(prompt)] = [False] * len(prompt)
     return found
 
 
 def _plain(record: dict[str, Any], place: str) -> Record:
-    return Record("text", text=_text(record, "text", place))
+    return Record("text", text=text_of(record, "text", place))
 
 
 PARSERS = {
-    "messages": _messages, "sharegpt": _sharegpt, "alpaca": _alpaca, "prompt_completion": _prompt_completion, "text": _plain,
+    "messages": _messages, "sharegpt": sharegpt, "alpaca": _alpaca, "prompt_completion": _prompt_completion, "text": _plain,
 }  # fmt: skip
 
 
-def _conversation(format: str, turns: list[Any], record: dict[str, Any], place: str) -> Record:
+def conversation(format: str, turns: list[Any], record: dict[str, Any], place: str) -> Record:
     if not turns:
         raise DataError(f"{place}: the conversation has no messages")
     messages, train = [], []
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-            found = f"the keys {sorted(map(str, turn))}" if isinstance(turn, dict) else _kind(turn)
+            found = f"the keys {sorted(map(str, turn))}" if isinstance(turn, dict) else kind_of(turn)
             raise DataError(f"{place}: message {number} should be an object with a role and a content, found {found}")
         message = {key: value for key, value in turn.items() if key not in ("train", "weight") and value is not None}
         if "content" not in message and not message.get("tool_calls"):
@@ -147,16 +147,16 @@ def _conversation(format: str, turns: list[Any], record: dict[str, Any], place: 
         if not message.get("tool_calls", True):
             del message["tool_calls"]
         elif "tool_calls" in message:
-            calls = _list(message["tool_calls"], f"tool_calls of message {number}", place)
+            calls = list_of(message["tool_calls"], f"tool_calls of message {number}", place)
             message["tool_calls"] = [_call(call, number, place) for call in calls]
         messages.append(message)
         train.append(_wish(turn, number, place))
-    tools = _maybe_json(record.get("tools") or None)
+    tools = maybe_json(record.get("tools") or None)
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise DataError(f"{place}: tools should be a list of JSON schemas, found {_kind(tools)}")
-    context = _maybe_json(record.get("chat_template_kwargs") or {})
+        raise DataError(f"{place}: tools should be a list of JSON schemas, found {kind_of(tools)}")
+    context = maybe_json(record.get("chat_template_kwargs") or {})
     if not isinstance(context, dict):
-        raise DataError(f"{place}: chat_template_kwargs should be an object, found {_kind(context)}")
+        raise DataError(f"{place}: chat_template_kwargs should be an object, found {kind_of(context)}")
     taken = {"messages", "tools", "template", "add_generation_prompt"} & set(context)
     if taken:
         raise DataError(f"{place}: chat_template_kwargs cannot set {', '.join(sorted(taken))}")
@@ -183,11 +183,11 @@ def _content(content: Any, number: int, place: str) -> str:
         return content
     if not isinstance(content, list):
         raise DataError(
-            f"{place}: the content of message {number} should be text or a list of parts, found {_kind(content)}"
+            f"{place}: the content of message {number} should be text or a list of parts, found {kind_of(content)}"
         )
     for part in content:
         if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-            kind = repr(part.get("type")) if isinstance(part, dict) else _kind(part)
+            kind = repr(part.get("type")) if isinstance(part, dict) else kind_of(part)
             raise DataError(
                 f"{place}: message {number} has a content part of type {kind}; only text parts are supported"
             )
@@ -210,26 +210,26 @@ def _call(call: Any, number: int, place: str) -> dict[str, Any]:
     return {"type": "function", **outer, "function": {**function, "arguments": arguments}}
 
 
-def _with_system(messages: list[Message], record: dict[str, Any], place: str) -> list[Message]:
+def with_system(messages: list[Message], record: dict[str, Any], place: str) -> list[Message]:
     if not record.get("system"):
         return messages
-    return [{"role": "system", "content": _text(record, "system", place)}, *messages]
+    return [{"role": "system", "content": text_of(record, "system", place)}, *messages]
 
 
-def _text(record: dict[str, Any], key: str, place: str) -> str:
+def text_of(record: dict[str, Any], key: str, place: str) -> str:
     if not isinstance(record[key], str):
-        raise DataError(f"{place}: {key} should be text, found {_kind(record[key])}")
+        raise DataError(f"{place}: {key} should be text, found {kind_of(record[key])}")
     return record[key]
 
 
-def _list(value: Any, key: str, place: str) -> list[Any]:
-    value = _maybe_json(value)
+def list_of(value: Any, key: str, place: str) -> list[Any]:
+    value = maybe_json(value)
     if not isinstance(value, list):
-        raise DataError(f"{place}: {key} should be a list, found {_kind(value)}")
+        raise DataError(f"{place}: {key} should be a list, found {kind_of(value)}")
     return value
 
 
-def _maybe_json(value: Any) -> Any:
+def maybe_json(value: Any) -> Any:
     """A list or object that a text column (CSV, parquet) holds as JSON; anything else unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
@@ -248,6 +248,6 @@ def _json(value: Any, what: str, place: str) -> Any:
         raise DataError(f"{place}: {what} is not valid JSON: {error.msg} at column {error.colno}") from error
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true/false", int: "a number", float: "a number"}
     return names.get(type(value), "null" if value is None else type(value).__name__)

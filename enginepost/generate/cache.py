@@ -18,6 +18,8 @@ PAGE = 32  # tokens
 class KVCache:
     """A cache for `slots` sequences of at most `capacity` tokens each. `used[s]` tokens of slot s are stored."""
 
+    keeps = True
+
     def __init__(self, model: Transformer, slots: int, capacity: int) -> None:
         spec = model.spec
         blocks = -(-capacity // PAGE)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from enginepost.kernels.arrays import make_callable, takes_arrays, takes_arrays_in_place
-from enginepost.kernels.backend import core, native, to_dlpack
+from enginepost.kernels.backend import GPU_FLOATS, core, native, to_dlpack
 from enginepost.kernels.nf4 import dequantize_blockwise, dynamic_code
 
 BLOCK8 = 256  # elements that share a scale
@@ -122,7 +122,7 @@ def adamw_step(
 ) -> None:  # fmt: skip
     """One AdamW step over all tensors, in place.
 
-    Args: params, grads float32 or bfloat16, contiguous, equal shapes; exp_avg, exp_avg_sq float32 or
+    Args: params, grads float32 or bfloat16 (on a GPU also float16), contiguous, equal shapes; exp_avg, exp_avg_sq float32 or
         `Moment8` (see `zero_moments`); masters: float32 copies that hold
     the exact parameters when params are bfloat16; step counts from 1; grad_scale multiplies every gradient.
     Raises: ValueError that names the argument at fault. No gradient flows through it.
@@ -135,7 +135,7 @@ def adamw_step(
     [0.9, 1.1, 1.0]
     """
     plain_moments = [t for t in (*exp_avg, *exp_avg_sq) if isinstance(t, Tensor)]
-    if native(*params, *grads, *plain_moments, *(masters or ())):
+    if native(*params, *grads, *plain_moments, *(masters or ()), gpu=GPU_FLOATS):
         c = core()
         for i, (p, g, m, v) in enumerate(zip(params, grads, exp_avg, exp_avg_sq, strict=True)):
             tensors = [to_dlpack(p.detach().view(-1)), to_dlpack(g.detach().contiguous().view(-1))]
@@ -163,9 +163,15 @@ def global_norm(tensors: Sequence[Tensor]) -> float:
     5.0
     """
     total = 0.0
+    elsewhere = []  # on a GPU: looked at once, at the end
     for t in tensors:
         t = t.detach().contiguous()
-        total += core().sum_squares(to_dlpack(t.view(-1))) if native(t) else float(t.double().pow(2).sum())
+        if native(t):
+            total += core().sum_squares(to_dlpack(t.view(-1)))
+        else:
+            elsewhere.append(torch.linalg.vector_norm(t, dtype=torch.float64).square())
+    if elsewhere:
+        total += sum(float(t) for t in torch.stack([t.to(elsewhere[0].device) for t in elsewhere]).tolist())
     return math.sqrt(total)
 
 

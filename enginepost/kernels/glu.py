@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from enginepost.kernels.arrays import make_callable, takes_arrays
-from enginepost.kernels.backend import core, native, plain, to_dlpack
+from enginepost.kernels.backend import GPU_FLOATS, core, native, plain, to_dlpack
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 
@@ -27,7 +27,8 @@ def reference(gate_up: Tensor, activation: str = "silu") -> Tensor:
 def glu(gate_up: Tensor, activation: str = "silu") -> Tensor:
     """`act(gate) * up`.
 
-    Args: gate_up `[..., 2I]` = [gate | up], float32 or bfloat16; activation one of "silu", "gelu_tanh", "gelu".
+    Args: gate_up `[..., 2I]` = [gate | up], float32 or bfloat16 (on a GPU also float16); activation one of
+        "silu", "gelu_tanh", "gelu".
     Returns: `[..., I]` in gate_up's dtype. Raises ValueError for another activation or an odd width.
 
     Source: Shazeer 2020, "GLU Variants Improve Transformer" (arXiv 2002.05202), eq. 6.
@@ -40,7 +41,7 @@ def glu(gate_up: Tensor, activation: str = "silu") -> Tensor:
         raise ValueError(f"glu: activation {activation!r} is not one of {', '.join(ACTIVATIONS)}")
     if gate_up.shape[-1] % 2:
         raise ValueError(f"glu: the last dimension must hold [gate | up], so be even; got {gate_up.shape[-1]}")
-    if not native(gate_up):
+    if not native(gate_up, gpu=GPU_FLOATS):
         return reference(gate_up, activation)
     if plain(gate_up):
         return _forward(gate_up, ACTIVATIONS[activation])

@@ -27,8 +27,10 @@ from torch import Tensor
 from enginepost.kernels.backend import core, native, to_dlpack
 
 BLOCK = 1 << 16  # elements; the grain of reductions and of the random generator
-TOP_BITS = 16  # of the 31 bits of a magnitude; the lower 15 are counted in a second pass
+TOP_BITS = 16  # of the 31 bits of a magnitude, by which all are counted; the lower 15 only in a window
 LOW_BITS = 15
+RANK_SLOTS = 1024  # of the magnitudes of a row, 64 an octave
+_SAMPLED = 256  # elements in a run that magnitude_counts looks at
 MAX_INPUTS = 64  # of the native kernels
 
 _M32 = np.uint32(0xFFFFFFFF)
@@ -39,10 +41,11 @@ class Select:
     """Which elements of a task vector stay, and what they are multiplied by.
 
     kind: "all", "none", "magnitude", "random" (each with probability `density`) or "ranked" (probability from density - epsilon to
-        density + epsilon by rank of the magnitude in its row, the largest most likely).
+        density + epsilon by rank of the magnitude in its row, the largest most likely; see `rank_limits`).
     low, low_skip, high, high_keep: for "magnitude": bits strictly between low and high stay; of the elements equal to `low` the
         first `low_skip` go, of those equal to `high` the first `high_keep` stay (both hold when low == high).
-    seen: how many elements equal to low and high came in earlier chunks of the tensor; the functions here count on.
+    seen: how many elements equal to low and high came in earlier chunks of the tensor; the functions here count on, while it
+        matters.
     masks: for "ranked", a place to keep the masks of chunks between passes (packed bits, by the chunk's start), or None to make them
         again in every pass.
     """
@@ -141,24 +144,40 @@ def _delta(x: Tensor, base: Tensor | None) -> np.ndarray:
     return d.double().numpy()
 
 
-def magnitude_counts(x: Tensor, base: Tensor | None, prefix: int | None, counts: np.ndarray) -> None:
-    """Count magnitudes by their bits, into the two tables of int64 `counts`, which the caller adds: by the upper 16 bits
-    (`[2, 65536]`), or, given such a prefix, by the lower 15 bits of those that share it (`[2, 32768]`)."""
+def magnitude_counts(x: Tensor, base: Tensor | None, counts: np.ndarray, every: int = 1) -> None:
+    """Count magnitudes by the upper 16 of their bits, into the two tables of int64 `counts` `[2, 65536]`, which the caller adds.
+    With `every` only one run of 256 elements in so many is looked at."""
     if _taken(x, base):
-        table = to_dlpack(torch.from_numpy(counts))
-        core().merge_magnitude_counts(_capsule(x), _capsule(base), -1 if prefix is None else prefix, table)
+        core().merge_magnitude_counts(_capsule(x), _capsule(base), every, to_dlpack(torch.from_numpy(counts)))
         return
     bits = magnitude_bits(x, base)
-    if prefix is None:
-        bits = bits >> LOW_BITS
-    else:
-        bits = bits[(bits >> LOW_BITS) == prefix] & ((1 << LOW_BITS) - 1)
-    counts[0] += np.bincount(bits.numpy(), minlength=counts.shape[1])
+    if every > 1:
+        bits = bits[torch.arange(bits.numel()) // _SAMPLED % every == 0]
+    counts[0] += np.bincount((bits >> LOW_BITS).numpy(), minlength=counts.shape[1])
+
+
+def window_counts(x: Tensor, base: Tensor | None, windows: Sequence[tuple[int, int]], counts: np.ndarray) -> None:
+    """Count magnitudes by all their bits, in one or two windows (low, width): of the 1 + width int64 that each has in `counts`, one
+    after the other, [0] += those below low and [1 + i] += those equal to low + i."""
+    if _taken(x, base):
+        flat = [int(number) for window in windows for number in window]
+        core().merge_window_counts(_capsule(x), _capsule(base), flat, to_dlpack(torch.from_numpy(counts)))
+        return
+    bits = magnitude_bits(x, base)
+    at = 0
+    for low, width in windows:
+        inside = bits[(bits >= low) & (bits < low + width)] - low
+        counts[at] += int((bits < low).sum())
+        counts[at + 1 : at + 1 + width] += np.bincount(inside.numpy(), minlength=width)
+        at += 1 + width
 
 
 def masked_sums(x: Tensor, base: Tensor, select: Select, start: int, columns: int, total: np.ndarray) -> None:
     """total += [sum |d|, sum |m d|] in float64, over blocks (rows, for "ranked") in order; advances select.seen."""
     block = columns if select.kind == "ranked" else BLOCK
+    if _taken(x, base) and select.kind == "ranked":
+        total += _draw_ranked(x, base, select, start, columns)[1]
+        return
     if _taken(x, base):
         mask = _mask(x, base, select, start, columns)
         all_, kept, seen = core().merge_masked_sums(
@@ -195,21 +214,28 @@ def keep_mask(x: Tensor, base: Tensor, select: Select, start: int, columns: int)
             keep |= low & (low_index >= select.low_skip) | high & (high_index < select.high_keep)
         select.seen = (select.seen[0] + int(low.sum()), select.seen[1] + int(high.sum()))
         return keep
-    bits = torch.where(bits < 1 << 16, 0, bits)  # magnitudes below 2^-133 rank as zeros
-    order = torch.argsort(bits.view(-1, columns), dim=1, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(columns).expand_as(order))
-    limit = rank_limits(select, columns)[rank.numpy().reshape(-1)]
-    return torch.from_numpy(random_bits(select.key, start, n) < limit)
+    limit = rank_limits(bits.view(-1, columns).numpy(), select.density, select.epsilon).reshape(-1)
+    return torch.from_numpy((random_bits(select.key, start, n) >> np.uint32(8)).astype(np.int32) < limit)
 
 
-def rank_limits(select: Select, columns: int) -> np.ndarray:
-    """uint64 `[columns]`: the draw limit of the element whose magnitude has that rank in a row, the smallest first.
+def rank_limits(bits: np.ndarray, density: float, epsilon: float) -> np.ndarray:
+    """int32 `[rows, columns]`: an element of a row stays where the upper 24 bits of its draw are below this limit.
 
-    DELLA (arXiv 2406.11617): probabilities run linearly from density - epsilon to density + epsilon. A row of one has the middle."""
-    if columns == 1:
-        return np.array([min(draw_limit(select.density), 0xFFFFFFFF)], dtype=np.uint64)
-    p = (select.density - select.epsilon) + np.arange(columns) / (columns - 1) * (2 * select.epsilon)
-    return np.clip(np.rint(p * 2.0**32), 0, 2.0**32 - 1).astype(np.uint64)
+    DELLA (arXiv 2406.11617): probabilities run linearly from density - epsilon to density + epsilon by rank of the magnitude, whose
+    bits are given; a row of one has the middle. Magnitudes count as equal when they agree in exponent and 6 bits of the fraction,
+    and so do all below 2^-16 of the row's largest; equal ones share the mean of their ranks.
+    """
+    rows, columns = bits.shape
+    slot = bits >> 17
+    slot = np.maximum(slot - np.maximum(slot.max(axis=1, keepdims=True) - (RANK_SLOTS - 1), 0), 0)
+    least = np.float32((density - epsilon if columns > 1 else density) * 2.0**24 + 0.5)
+    step = np.float32(epsilon / (columns - 1) * 2.0**24 if columns > 1 else 0.0)
+    limits = np.empty(bits.shape, dtype=np.int32)
+    for i in range(rows):
+        here = np.bincount(slot[i], minlength=RANK_SLOTS)
+        twice = 2 * (np.cumsum(here) - here) + here - 1  # twice the mean rank of a slot
+        limits[i] = (least + step * twice.astype(np.float32)).astype(np.int32)[slot[i]]
+    return limits
 
 
 def task_sum(
@@ -315,12 +341,20 @@ def _mask(x: Tensor, base: Tensor, select: Select, start: int, columns: int) -> 
         return None
     if select.masks is not None and start in select.masks:
         return select.masks[start]
+    return _draw_ranked(x, base, select, start, columns)[0]
+
+
+def _draw_ranked(
+    x: Tensor, base: Tensor, select: Select, start: int, columns: int
+) -> tuple[Tensor, tuple[float, float]]:
+    """The mask, kept for later passes where `select` has a place for it, and [sum |d|, sum |m d|]."""
     mask = torch.empty((x.numel() + 31) // 32, dtype=torch.int32)
-    limits = torch.from_numpy(rank_limits(select, columns).astype(np.int64))
-    core().merge_rank_mask(_capsule(x), _capsule(base), to_dlpack(limits), select.key, start, to_dlpack(mask))
+    sums = core().merge_rank_mask(
+        _capsule(x), _capsule(base), columns, select.density, select.epsilon, select.key, start, to_dlpack(mask)
+    )
     if select.masks is not None:
         select.masks[start] = mask
-    return mask
+    return mask, sums
 
 
 def _wide(tensors: Sequence[Tensor]) -> torch.dtype:

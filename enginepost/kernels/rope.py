@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from enginepost.kernels.arrays import make_callable, takes_arrays
-from enginepost.kernels.backend import core, native, plain, to_dlpack
+from enginepost.kernels.backend import GPU_FLOATS, core, native, plain, to_dlpack
 
 
 def rope_frequencies(
@@ -122,7 +122,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, heads: int | None = None) -> Tenso
 
     A fused projection [q | k | v] is rotated in one pass with heads = H + Hk and then split.
 
-    Args: x `[T, H, D]` float32 or bfloat16, heads and dims contiguous, tokens at any stride; cos, sin `[T, R/2]` float32, R <= D.
+    Args: x `[T, H, D]` float32 or bfloat16 (on a GPU also float16), heads and dims contiguous, tokens at any stride;
+        cos, sin `[T, R/2]` float32, R <= D.
     Returns: `[T, H, D]` contiguous, in x's dtype. Raises ValueError that names the argument at fault.
 
     Source: Su et al. 2021 (RoFormer, arXiv 2104.09864), eq. 34.
@@ -134,7 +135,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, heads: int | None = None) -> Tenso
     >>> torch.equal(y[0], x[0]), torch.allclose(y.norm(dim=-1), x.norm(dim=-1))  # position 0 stays, lengths stay
     (True, True)
     """
-    if not native(x, cos, sin):
+    if not native(x, cos, sin, gpu=GPU_FLOATS):
         return reference(x, cos, sin, heads)
     heads = x.shape[1] if heads is None else heads
     if plain(x):
@@ -145,7 +146,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, heads: int | None = None) -> Tenso
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, inverse: bool) -> Tensor:
     if x.shape[0] and (x.stride(2) != 1 or x.stride(1) != x.shape[2]):
         x = x.contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     core().rope(
         to_dlpack(x.detach()), to_dlpack(cos.contiguous()), to_dlpack(sin.contiguous()), to_dlpack(y), heads, inverse
     )

@@ -3,7 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from enginepost.merge.adapters import AdapterMergeReport as AdapterMergeReport
+    from enginepost.merge.adapters import merge_adapters as merge_adapters
     from enginepost.merge.apply import merge_tensors as merge_tensors
+    from enginepost.merge.evolution import EvolveReport as EvolveReport
+    from enginepost.merge.evolution import evolve as evolve
+    from enginepost.merge.low_rank import ExtractReport as ExtractReport
+    from enginepost.merge.low_rank import extract as extract
     from enginepost.merge.registry import METHODS as METHODS
     from enginepost.merge.registry import MergeError as MergeError
     from enginepost.merge.registry import Method as Method
@@ -15,6 +21,12 @@ if TYPE_CHECKING:
 
 _HOME = {
     "merge_tensors": "apply",
+    "AdapterMergeReport": "adapters",
+    "merge_adapters": "adapters",
+    "EvolveReport": "evolution",
+    "evolve": "evolution",
+    "ExtractReport": "low_rank",
+    "extract": "low_rank",
     "METHODS": "registry",
     "MergeError": "registry",
     "Method": "registry",

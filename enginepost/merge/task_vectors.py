@@ -18,7 +18,7 @@ Where mergekit and the papers differ, mergekit's way is the default:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -46,28 +46,48 @@ def _kept_range(p: Params, i: int, n: int) -> tuple[int, int] | None:
     return first, first + target
 
 
-class _Counted:
-    """Finds the value at a place of the ascending order by counting: upper bits, then the lower bits of those that share them."""
+_SAMPLE_FROM = 1 << 21  # elements; above, a sample tells which magnitudes to count closely
+_EVERY = 17  # one run in so many is the sample; odd, so that it comes by all columns
+_WIDEST = 32  # upper halves that a window spans at most
 
-    def __init__(self, pieces: Iterable[Inputs], model: int, places: list[int]) -> None:
-        pieces = list(pieces)
+
+def _at_places(pieces: list[Inputs], model: int, places: list[int]) -> list[tuple[int, int]]:
+    """(bits, how many are smaller) of the elements at these places of the ascending order of magnitudes.
+
+    Counts by the upper halves of the bits say in which window of magnitudes a place lies; one pass then counts that window by all
+    bits, and what is below it. In a large tensor the first count is of a sample. Should a place lie outside its window after all,
+    everything is counted once more, without sampling."""
+    total = sum(inputs.numel for inputs in pieces)
+    for every in (_EVERY, 1) if total >= _SAMPLE_FROM else (1,):
         tables = np.zeros((2, 1 << kernel.TOP_BITS), dtype=np.int64)
-        for inputs in pieces:
-            for chunk in inputs.chunks():
-                kernel.magnitude_counts(chunk.models[model], chunk.base, None, tables)
-        below = np.concatenate([[0], np.cumsum(tables.sum(0))])
-        lower: dict[int, np.ndarray] = {}
-        self.found: list[tuple[int, int]] = []  # (bits, how many are smaller)
-        for place in places:
-            prefix = int(np.searchsorted(below, place, side="right")) - 1
-            if prefix not in lower:
-                lower[prefix] = np.zeros((2, 1 << LOW_BITS), dtype=np.int64)
-                for inputs in pieces:
-                    for chunk in inputs.chunks():
-                        kernel.magnitude_counts(chunk.models[model], chunk.base, prefix, lower[prefix])
-            smaller = below[prefix] + np.concatenate([[0], np.cumsum(lower[prefix].sum(0))])
-            low = int(np.searchsorted(smaller, place, side="right")) - 1
-            self.found.append((prefix << LOW_BITS | low, int(smaller[low])))
+        for chunk in (chunk for inputs in pieces for chunk in inputs.chunks()):
+            kernel.magnitude_counts(chunk.models[model], chunk.base, tables, every)
+        upto = np.cumsum(tables.sum(0))
+        windows = [_window(upto, place, total) for place in places]
+        counts = np.zeros(sum(1 + width for _, width in windows), dtype=np.int64)
+        for chunk in (chunk for inputs in pieces for chunk in inputs.chunks()):
+            kernel.window_counts(chunk.models[model], chunk.base, windows, counts)
+        found = []
+        for place, (low, width) in zip(places, windows, strict=True):
+            smaller, counts = np.cumsum(counts[: 1 + width]), counts[1 + width :]
+            at = int(np.searchsorted(smaller, place, side="right")) - 1  # smaller[i]: how many have bits below low + i
+            if 0 <= at < width:
+                found.append((low + at, int(smaller[at])))
+        if len(found) == len(places):
+            return found
+    raise AssertionError("a full count misses no place")
+
+
+def _window(upto: np.ndarray, place: int, total: int) -> tuple[int, int]:
+    """(low, width) of the magnitudes among which a place lies: surely, if `upto` counts everything, else within 6 sigma."""
+    sampled = int(upto[-1])
+    if sampled == total:
+        return int(np.searchsorted(upto, place, side="right")) << LOW_BITS, 1 << LOW_BITS
+    share = place / total
+    reach = 6 * np.sqrt(sampled * share * (1 - share)) + 6
+    first, last = (int(np.searchsorted(upto, share * sampled + x, side="right")) for x in (-reach, reach))
+    last = max(first, min(last, first + _WIDEST - 1, len(upto) - 1))
+    return first << LOW_BITS, (last + 1 - first) << LOW_BITS
 
 
 def _magnitude_select(pieces: list[Inputs], model: int, kept: tuple[int, int], n: int, ties: str) -> Select:
@@ -77,7 +97,7 @@ def _magnitude_select(pieces: list[Inputs], model: int, kept: tuple[int, int], n
     if first == 0 and end == n:
         return Select("all")
     places = [first] if end >= n else [first, end]
-    found = _Counted(pieces, model, places).found
+    found = _at_places(pieces, model, places)
     bits, smaller = found[0]
     select = Select("magnitude", low=bits, low_skip=first - smaller)
     if end < n:

@@ -39,6 +39,8 @@ FEW_ROWS = 16  # a product with fewer is bound by reading the weight
 class Cache(Protocol):
     """Keys and values of earlier tokens, as `Transformer.hidden` uses them; `enginepost.generate.cache` has one."""
 
+    keeps: bool  # whether it remembers what it is given; then there are no gradients
+
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, window: int, softcap: float, scale: float
     ) -> Tensor:  # fmt: skip
@@ -215,19 +217,22 @@ class Transformer(nn.Module):
             # Rounded to the weights' dtype first: Gemma was trained so.
             h = h * float(torch.tensor(spec.embedding_scale, dtype=h.dtype))
         turns = [tables(r, positions, cu_seqlens) for r in spec.ropes]
-        recompute = self.checkpointing and torch.is_grad_enabled() and cache is None
+        recompute = self._recomputes(cache) and torch.is_grad_enabled()
         seed = self.dropout_seed * 4 * len(self.blocks)
         for i in range(len(self.blocks)):
             index = spec.layers[i].rope
             turn = None if index is None else turns[index]
             if recompute:
                 h = checkpoint(
-                    self._run, i, h, cu_seqlens, turn, seed + 4 * i, use_reentrant=False, preserve_rng_state=False
+                    self._run, i, h, cu_seqlens, turn, seed + 4 * i, cache, use_reentrant=False, preserve_rng_state=False
                 )  # fmt: skip
             else:
                 h = self._run(i, h, cu_seqlens, turn, seed + 4 * i, cache)
         h = rms_norm(h, self.norm, spec.eps, offset=spec.norm_offset)
         return h if spec.logit_scale == 1.0 else h * spec.logit_scale
+
+    def _recomputes(self, cache: Cache | None) -> bool:
+        return self.checkpointing and (cache is None or not cache.keeps)
 
     def _run(
         self, i: int, h: Tensor, cu_seqlens: Tensor, turn: _Tables, seed: int, cache: Cache | None = None
@@ -236,7 +241,7 @@ class Transformer(nn.Module):
         if self.stream is None:
             return self.blocks[i](h, cu_seqlens, turn, seed, cache)
         self.stream.enter(i)
-        if not torch.is_grad_enabled() or (self.checkpointing and cache is None):
+        if not torch.is_grad_enabled() or self._recomputes(cache):
             return self.blocks[i](h, cu_seqlens, turn, seed, cache)
         with self.stream.by_reference(i):
             return self.blocks[i](h, cu_seqlens, turn, seed, cache)

@@ -92,6 +92,8 @@ def _train(recipe: Recipe, run: RunDirectory, command: str) -> None:
         weights.load_method(method.module_tensors(), checkpoint)
         weights.load_optimizer(optimizer, checkpoint, step)
         method.restore(state["enginepost"].get("method", {}), weights.read_method(checkpoint))
+    else:
+        method.begin(model)
     write_file(run.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
     monitor = Monitor(run.path, total=method.total, step=step, history=history, tensorboard=recipe.tensorboard)
 
@@ -266,7 +268,10 @@ def _not_finite(what: str, step: int, batches: list[MicroBatch], run: RunDirecto
 def _resume_command(recipe: str | os.PathLike[str] | Mapping[str, Any], overrides: Mapping[str, Any]) -> str:
     if isinstance(recipe, Mapping):
         return "enginepost.train(..., resume=True)"
-    keys = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in overrides.items()]
+    keys = [
+        f"{key}={value if isinstance(value, str) else json.dumps(value, default=repr)}"
+        for key, value in overrides.items()
+    ]
     return shlex.join(["enginepost", "train", os.fspath(recipe), *keys, "--resume"])
 
 

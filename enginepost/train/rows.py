@@ -64,14 +64,19 @@ def load_rows(recipe: Recipe) -> tuple[Rows, Rows | None]:
 
 def split_rows(dataset: Dataset, fraction: float, seed: int) -> tuple[Rows, Rows]:
     """(training, validation) by whole rows: pieces of one long document never land on both sides. At least one row on each."""
-    places = [s.place for s in dataset]
+    kept, held = split_places([s.place for s in dataset], fraction, seed)
+    return Rows(dataset, kept), Rows(dataset, held)
+
+
+def split_places(places: list[str], fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Indices of (training, validation); equal places stay together."""
     rows = list(dict.fromkeys(places))
     if len(rows) < 2:
         raise EnginepostError(f"validation: {fraction}: the data has {len(rows)} row; a split needs at least 2")
     count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
     held = set(random.Random(seed).sample(rows, count))
     chosen = np.array([place in held for place in places])
-    return Rows(dataset, np.flatnonzero(~chosen)), Rows(dataset, np.flatnonzero(chosen))
+    return np.flatnonzero(~chosen), np.flatnonzero(chosen)
 
 
 def fingerprint(rows: Rows) -> str:

@@ -46,8 +46,10 @@ class Step:
 class Plan:
     """All optimizer steps of a run, in order. The last step of an epoch may have fewer micro-batches than the others."""
 
-    def __init__(self, lengths: NDArray[np.int64], recipe: Recipe) -> None:
+    def __init__(self, lengths: NDArray[np.int64], recipe: Recipe, *, bin_length: int | None = None) -> None:
+        """lengths `[n]`: tokens of what is planned as one (a row, a pair); bin_length: tokens of a bin, default max_length."""
         self._lengths, self._recipe = lengths, recipe
+        self._bin = bin_length or recipe.max_length
         self._epochs: list[list[Step]] = []
         self._starts = [0]  # first step of every epoch, counted from 0
         self.total = self._count()
@@ -67,7 +69,7 @@ class Plan:
     def _extend(self) -> list[Step]:
         r, epoch = self._recipe, len(self._epochs)
         batches = plan_batches(
-            self._lengths, batch_size=r.batch_size, max_length=r.max_length, packing=r.packing, seed=r.seed + epoch
+            self._lengths, batch_size=r.batch_size, max_length=self._bin, packing=r.packing, seed=r.seed + epoch
         )
         groups = [batches[i : i + r.gradient_accumulation] for i in range(0, len(batches), r.gradient_accumulation)]
         n = len(groups)

@@ -374,12 +374,9 @@ def merge(rng, name):
     if name == "nonfinite":
         return one, {"count": Buffer(ctypes.c_int64, 1)}, None
     if name == "magnitude_counts":
-        prefix = int(rng.choice([-1, 0x3F80]))
-        return (
-            one | base,
-            {"prefix": prefix, "counts": Buffer(ctypes.c_int64, 2 * (65536 if prefix < 0 else 32768))},
-            None,
-        )
+        return one | base, {"every": int(rng.integers(1, 4)), "counts": Buffer(ctypes.c_int64, 2 * 65536)}, None
+    if name == "window_counts":  # (1, 2) and (3, 4)
+        return one | base, {"windows": Buffer(ctypes.c_int64, 4), "count": 2, "counts": Buffer(ctypes.c_int64, 8)}, None
     if name == "masked_sums":
         t = one | base
         scalars = {
@@ -390,11 +387,9 @@ def merge(rng, name):
         }
         return t, scalars, None
     columns = int(rng.choice([n for n in range(1, size + 1) if size % n == 0]))
-    t = one | base | {
-        "limits": Array(rng, "i64", [columns], rng.integers(0, 2**32, columns)),
-        "mask": Array(rng, "i32", [(size + 31) // 32], [0]),
-    }  # fmt: skip
-    return t, {"key": 7, "start": 0}, lambda t: t["limits"].shape if len(t["limits"].shape) == 1 else None
+    t = one | base | {"mask": Array(rng, "i32", [(size + 31) // 32], [0])}
+    params = {"columns": columns, "start": 0, "density": 0.5, "epsilon": 0.2, "key": 7}
+    return t, {"params": params, "total": Buffer(ctypes.c_double, 2)}, lambda t: (1000,)  # enough for every size drawn
 
 
 CALLS = {
@@ -428,6 +423,7 @@ CALLS = {
         "weighted_sum",
         "gram",
         "magnitude_counts",
+        "window_counts",
         "masked_sums",
         "rank_mask",
         "task_sum",

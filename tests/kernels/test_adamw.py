@@ -23,11 +23,11 @@ def gradients(step, dtype):
     return [torch.randn(s).mul_(10.0 ** (step % 3 - 2)).to(dtype) for s in SHAPES]
 
 
-def trained(step_function, params, grad_dtype, state_dtype, steps=12, grad_scale=1.0, masters=None):
-    params = [p.clone() for p in params]
-    m, v = ([torch.zeros(s, dtype=state_dtype) for s in SHAPES] for _ in range(2))
+def trained(step_function, params, grad_dtype, state_dtype, steps=12, grad_scale=1.0, masters=None, to=lambda *t: t):
+    params = list(to(*(p.clone() for p in params)))
+    m, v = (list(to(*(torch.zeros(s, dtype=state_dtype) for s in SHAPES))) for _ in range(2))
     for step in range(1, steps + 1):
-        grads = gradients(step, grad_dtype)
+        grads = list(to(*gradients(step, grad_dtype)))
         if state_dtype == torch.float64:
             grads = [g.double() for g in grads]
         more = {} if masters is None else dict(masters=masters)
@@ -55,29 +55,32 @@ def test_reference_is_torch_in_float64():
         torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
 
 
-@native
-@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
-def test_float32_parameters(grad_dtype, no_worse):
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_float32_parameters(grad_dtype, backend, no_worse):
+    if grad_dtype == torch.float16 and not backend.gpu:
+        pytest.skip("float16 runs on GPUs only")
     params = start(torch.float32)
     exact = torch_trained([p.double() for p in params], grad_dtype, grad_scale=0.37)
     plain = torch_trained(params, grad_dtype, grad_scale=0.37)
-    ours, m, v = trained(adamw_step, params, grad_dtype, torch.float32, grad_scale=0.37)
+    ours, m, v = trained(adamw_step, params, grad_dtype, torch.float32, grad_scale=0.37, to=backend.to)
     _, m64, v64 = trained(reference_step, [p.double() for p in params], grad_dtype, torch.float64, grad_scale=0.37)
     for mine, theirs, true in zip(ours, plain, exact, strict=True):
         no_worse("parameter", mine, theirs, true)
     for mine, true in zip(m + v, m64 + v64, strict=True):
-        torch.testing.assert_close(mine.double(), true, rtol=2e-6, atol=2e-7)
+        torch.testing.assert_close(mine.double().cpu(), true, rtol=2e-6, atol=2e-7)
 
 
-@native
-def test_bfloat16_parameters_with_float32_masters():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_parameters_with_float32_masters(dtype, backend):
     """The master follows the float32 run to the bit; the parameter is its rounding."""
-    params = start(torch.bfloat16)
-    masters = [p.float() for p in params]
-    ours = trained(adamw_step, params, torch.bfloat16, torch.float32, masters=masters)[0]
-    expected = trained(adamw_step, [p.float() for p in params], torch.bfloat16, torch.float32)[0]
+    if dtype == torch.float16 and not backend.gpu:
+        pytest.skip("float16 runs on GPUs only")
+    params = start(dtype)
+    masters = list(backend.to(*(p.float() for p in params)))
+    ours = trained(adamw_step, params, dtype, torch.float32, masters=masters, to=backend.to)[0]
+    expected = trained(adamw_step, [p.float() for p in params], dtype, torch.float32, to=backend.to)[0]
     for mine, master, true in zip(ours, masters, expected, strict=True):
-        assert torch.equal(master, true) and mine.dtype == torch.bfloat16 and torch.equal(mine, true.bfloat16())
+        assert torch.equal(master, true) and mine.dtype == dtype and torch.equal(mine, true.to(dtype))
 
 
 @native

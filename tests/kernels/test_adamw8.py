@@ -16,9 +16,9 @@ OPTIONS = dict(lr=3e-3, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
 SIZES = [4096, 4097, 5000, 16384 + 255, 40000]
 
 
-def start(size, dtype=torch.float32, seed=0):
+def start(size, dtype=torch.float32, seed=0, to=lambda t: t):
     torch.manual_seed(seed)
-    param = torch.randn(size).to(dtype)
+    param = to(torch.randn(size).to(dtype))
     return param, *zero_moments(param, bits=8)
 
 
@@ -31,32 +31,38 @@ def copied(moment):
     return Moment8(moment.codes.clone(), moment.scale.clone(), moment.signed)
 
 
-@native
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
-    "dtypes", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16,) * 2]
-)
-def test_native_is_the_reference(size, dtypes):
+    "dtypes",
+    [
+        (torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16,) * 2,
+        (torch.float16,) * 2, (torch.float32, torch.float16),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_native_is_the_reference(size, dtypes, backend):
     """Step by step from the same state. Rounding may differ in the last place, and with it a code at a midpoint, by one."""
-    param, m, v = start(size, dtypes[0])
+    if torch.float16 in dtypes and not backend.gpu:
+        pytest.skip("float16 runs on GPUs only")
+    param, m, v = start(size, dtypes[0], to=backend.to)
     for step in range(1, 6):
         theirs, m2, v2 = param.clone(), copied(m), copied(v)
-        g = gradient(step, size, dtypes[1])
+        g = backend.to(gradient(step, size, dtypes[1]))
         adamw_step([param], [g], [m], [v], step=step, grad_scale=0.5, **OPTIONS)
         reference_step([theirs], [g], [m2], [v2], step=step, grad_scale=0.5, **OPTIONS)
-        torch.testing.assert_close(param, theirs, rtol=1e-5 if dtypes[0] == torch.float32 else 8e-3, atol=1e-6)
+        torch.testing.assert_close(param, theirs, rtol={4: 1e-5, 2: 8e-3}[param.element_size()], atol=1e-6)
         for mine, plain in ((m, m2), (v, v2)):
             torch.testing.assert_close(mine.scale, plain.scale, rtol=1e-6, atol=0)
             off = (mine.codes.int() - plain.codes.int()).abs()
-            assert off.max() <= 1 and (off > 0).float().mean() < 1e-3
+            # Small gradients of float16 have few values (they are subnormal), and their moments are often midpoints.
+            assert off.max() <= 1 and (off > 0).float().mean() < (3e-2 if dtypes[1] == torch.float16 else 1e-3)
 
 
-@native
 @pytest.mark.parametrize("size", SIZES)
-def test_codes_are_those_of_the_moments(size):
+def test_codes_are_those_of_the_moments(size, backend):
     """From zero moments one step gives m = (1 - b1) g and v = (1 - b2) g^2: coded as nf4.quantize_blockwise does, in 256s."""
-    param, m, v = start(size)
-    g = gradient(3, size)
+    param, m, v = start(size, to=backend.to)
+    g = backend.to(gradient(3, size))
     adamw_step([param], [g], [m], [v], step=1, **OPTIONS)
     full = size // 256 * 256
     for moment, value in ((m, g * (1 - 0.9)), (v, g * (1 - 0.99) * g)):
@@ -107,54 +113,56 @@ def test_beside_bitsandbytes():
     assert 0 < mine <= 1.05 * theirs
 
 
-@native
-def test_masters_and_bfloat16():
-    param, m, v = start(5000, torch.bfloat16)
+def test_masters_and_bfloat16(backend):
+    param, m, v = start(5000, torch.bfloat16, to=backend.to)
     master, wide = [param.float()], param.float()
     m2, v2 = zero_moments(wide, 8)
     for step in range(1, 5):
-        g = gradient(step, 5000, torch.bfloat16)
+        g = backend.to(gradient(step, 5000, torch.bfloat16))
         adamw_step([param], [g], [m], [v], step=step, masters=master, **OPTIONS)
         adamw_step([wide], [g], [m2], [v2], step=step, **OPTIONS)
     assert torch.equal(master[0], wide) and torch.equal(param, wide.bfloat16())
 
 
+def run(size):
+    param, m, v = start(size)
+    for step in range(1, 4):
+        adamw_step([param], [gradient(step, size)], [m], [v], step=step, **OPTIONS)
+    return [param, m.codes, m.scale, v.codes, v.scale]
+
+
+def test_same_bits_in_any_order_of_warps(each_schedule):
+    each_schedule(lambda: run(4500))
+
+
 @native
 def test_same_bits_at_any_thread_count(each_thread_count):
-    def run():
-        param, m, v = start(70000)
-        for step in range(1, 4):
-            adamw_step([param], [gradient(step, 70000)], [m], [v], step=step, **OPTIONS)
-        return [param, m.codes, m.scale, v.codes, v.scale]
-
-    each_thread_count(run)
+    each_thread_count(lambda: run(70000))
 
 
-@pytest.mark.parametrize("step_function", [adamw_step, reference_step])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_gradients_that_are_not_finite(step_function, bad):
+def test_gradients_that_are_not_finite(backend, bad):
     """Their moments become zero and their parameters stay; the rest of the block goes on as if it were not there."""
-    param, m, v = start(4100)
+    param, m, v = start(4100, to=backend.to)
     for step in (1, 2):
-        step_function([param], [gradient(step, 4100)], [m], [v], step=step, **OPTIONS)
+        adamw_step([param], [backend.to(gradient(step, 4100))], [m], [v], step=step, **OPTIONS)
     before, other = param.clone(), (param.clone(), copied(m), copied(v))
-    g = gradient(3, 4100)
+    g = backend.to(gradient(3, 4100))
     g[[7, 4098]] = bad
-    step_function([param], [g], [m], [v], step=3, **OPTIONS)
+    adamw_step([param], [g], [m], [v], step=3, **OPTIONS)
     assert torch.equal(param[[7, 4098]], before[[7, 4098]]) and torch.isfinite(param).all()
     assert (m.float()[[7, 4098]] == 0).all() and (v.float()[[7, 4098]] == 0).all()
     g[[7, 4098]] = 0.0
-    step_function([other[0]], [g], [other[1]], [other[2]], step=3, **OPTIONS)
+    adamw_step([other[0]], [g], [other[1]], [other[2]], step=3, **OPTIONS)
     rest = torch.ones(4100, dtype=torch.bool)
     rest[[7, 4098]] = False
     torch.testing.assert_close(param[rest], other[0][rest], rtol=1e-6, atol=1e-7)
 
 
-@native
-def test_small_negative_moments_keep_their_sign():
-    param = torch.zeros(4096)
+def test_small_negative_moments_keep_their_sign(backend):
+    param = backend.to(torch.zeros(4096))
     m, v = zero_moments(param, 8)
-    g = torch.full((4096,), -1e-9)
+    g = backend.to(torch.full((4096,), -1e-9))
     g[::256] = 1.0
     g[1::256] = 1e-9
     adamw_step([param], [g], [m], [v], step=1, **OPTIONS)

@@ -6,7 +6,7 @@ import torch
 from enginepost.kernels.backend import _core
 from enginepost.kernels.glu import ACTIVATIONS, glu, reference
 
-pytestmark = pytest.mark.skipif(_core is None, reason="the native extension is not built")
+needs_core = pytest.mark.skipif(_core is None, reason="the native extension is not built")
 SHAPES = [(3, 32), (1, 1), (5, 59), (40, 1000), (0, 8), (2, 3, 17)]
 
 
@@ -18,14 +18,16 @@ def with_gradient(function, x, activation, dy):
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_against_float64(activation, shape, dtype, no_worse):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_against_float64(activation, shape, dtype, backend, no_worse):
+    if dtype == torch.float16 and not backend.gpu:
+        pytest.skip("float16 runs on GPUs only")
     torch.manual_seed(0)
     *lead, width = shape
     x, dy = (3 * torch.randn(*lead, 2 * width)).to(dtype), torch.randn(*lead, width).to(dtype)
     exact = with_gradient(reference, x.double(), activation, dy.double())
     plain = with_gradient(reference, x, activation, dy)
-    ours = with_gradient(glu, x, activation, dy)
+    ours = with_gradient(glu, backend.to(x), activation, backend.to(dy))
     for name, mine, theirs, true in zip(("y", "dx"), ours, plain, exact, strict=True):
         no_worse(name, mine, theirs, true)
 
@@ -37,22 +39,34 @@ def test_gradcheck_of_the_reference(activation):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_far_ends(activation):
-    """Large gates pass or block; nothing overflows on the way."""
+def test_far_ends(activation, backend):
+    """Large gates pass or block; nothing overflows on the way (in plain PyTorch it does)."""
+    if backend.name == "reference":
+        pytest.skip("of the kernels alone")
     gate = torch.tensor([[-3e38, -1e4, -200.0, -90.0, -20.0, 0.0, 20.0, 90.0, 200.0, 1e4, 1e30]])
-    x = torch.cat([gate, torch.ones_like(gate)], dim=1).requires_grad_()
+    x = backend.to(torch.cat([gate, torch.ones_like(gate)], dim=1)).requires_grad_()
     y = glu(x, activation)
     exact = reference(x.detach().double(), activation)
     torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=1e-7)
     (dx,) = torch.autograd.grad(y.sum(), x)
     expected = torch.tensor([[0.0] * 5 + [0.5] + [1.0] * 5])
-    torch.testing.assert_close(dx[:, :11], expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(dx[:, :11].cpu(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_nan_passes_through():
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_passes_through(activation, backend):
     x = torch.zeros(1, 20)
     x[0, 3] = x[0, 14] = torch.nan
-    assert glu(x).isnan().nonzero()[:, 1].tolist() == [3, 4]
+    x = backend.to(x).requires_grad_()
+    y = glu(x, activation)
+    assert y.isnan().nonzero()[:, 1].tolist() == [3, 4]
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert dx[0, 3].isnan() and not dx[0, :3].isnan().any()
+
+
+def test_same_bits_in_any_order_of_warps(each_schedule):
+    x, dy = torch.randn(7, 88), torch.randn(7, 44)
+    each_schedule(lambda: with_gradient(glu, x, "gelu_tanh", dy))
 
 
 def test_strided_input_and_gradient():

@@ -39,7 +39,10 @@ def both(reference, function, selects, *args, **kwargs):  # type: ignore[no-unty
     theirs = [replace(s) for s in selects]
     a = function(ours, *args, **kwargs)
     b = reference(function, theirs, *args, **kwargs)
-    assert [s.seen for s in ours] == [s.seen for s in theirs]
+    for s, t in zip(ours, theirs, strict=True):  # counted only as long as it matters
+        assert min(s.seen[0], s.low_skip) == min(t.seen[0], t.low_skip)
+        if s.low != s.high:
+            assert min(s.seen[1], s.high_keep) == min(t.seen[1], t.high_keep)
     return a, b
 
 
@@ -68,17 +71,47 @@ def test_gram_is_exact_to_float64(dtype: torch.dtype, n: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_magnitude_counts(reference, dtype) -> None:  # type: ignore[no-untyped-def]
-    base, [model] = tensors(5001, 1, dtype)
-    ours, theirs = np.zeros((2, 1 << 16), dtype=np.int64), np.zeros((2, 1 << 16), dtype=np.int64)
-    kernel.magnitude_counts(model, base, None, ours)
-    reference(kernel.magnitude_counts, model, base, None, theirs)
-    assert (ours.sum(0) == theirs.sum(0)).all() and ours.sum() == 5001
-    prefix = int(np.argmax(ours.sum(0)[1:])) + 1
-    low, low_reference = np.zeros((2, 1 << 15), dtype=np.int64), np.zeros((2, 1 << 15), dtype=np.int64)
-    kernel.magnitude_counts(model, base, prefix, low)
-    reference(kernel.magnitude_counts, model, base, prefix, low_reference)
-    assert (low.sum(0) == low_reference.sum(0)).all() and low.sum() == ours.sum(0)[prefix]
+@pytest.mark.parametrize("n", [1, 255, 20001])
+def test_magnitude_counts(reference, dtype, n) -> None:  # type: ignore[no-untyped-def]
+    base, [model] = tensors(n, 1, dtype)
+    for every in (1, 3):
+        ours, theirs = np.zeros((2, 1 << 16), dtype=np.int64), np.zeros((2, 1 << 16), dtype=np.int64)
+        kernel.magnitude_counts(model, base, ours, every)
+        reference(kernel.magnitude_counts, model, base, theirs, every)
+        assert (ours.sum(0) == theirs.sum(0)).all()
+        assert ours.sum() == sum(min(256, n - at) for at in range(0, n, 256 * every))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 255, 20001])
+def test_window_counts(reference, dtype, n) -> None:  # type: ignore[no-untyped-def]
+    base, [model] = tensors(n, 1, dtype)
+    bits = kernel.magnitude_bits(model, base)
+    for windows in ([(0, 1)], [(int(bits.median()), 70000), (int(bits.max()), 9)], [(0x7F000000, 1 << 20), (0, 5)]):
+        ours, theirs = (np.zeros(sum(1 + width for _, width in windows), dtype=np.int64) for _ in range(2))
+        kernel.window_counts(model, base, windows, ours)
+        reference(kernel.window_counts, model, base, windows, theirs)
+        assert (ours == theirs).all()
+        if windows == [(0, 1)]:
+            assert ours.tolist() == [0, int((bits == 0).sum())]
+
+
+@pytest.mark.parametrize("places", [[0], [1 << 20], [3, (1 << 21) - 1], [12345, 2000000]])
+@pytest.mark.parametrize("kind", ["smooth", "ties", "sorted"])
+def test_elements_at_places(places: list[int], kind: str) -> None:
+    """Thresholds of a large tensor, which come from a sample first, are exact: also where the sample misleads."""
+    from enginepost.merge import task_vectors
+    from enginepost.merge.tensors import Inputs
+
+    n = (1 << 21) + 777
+    x = torch.randn(n, generator=torch.Generator().manual_seed(1))
+    if kind == "ties":
+        x = (x * 8).round() / 8
+    if kind == "sorted":
+        x = torch.where(torch.arange(n) // 256 % 17 == 0, 1e-9 * x, x)  # the runs of the sample are unlike the others
+    bits = kernel.magnitude_bits(x, None).sort().values
+    expected = [(int(bits[p]), int((bits < bits[p]).sum())) for p in places]
+    assert task_vectors._at_places([Inputs("t", [x])], 0, places) == expected
 
 
 def selections(base: torch.Tensor, model: torch.Tensor) -> list[Select]:
@@ -206,7 +239,24 @@ def test_nonfinite_counts() -> None:
         (lambda c, d: c.merge_weighted_sum([], [], d(torch.zeros(3))), "0 inputs"),
         (lambda c, d: c.merge_weighted_sum([d(torch.zeros(3))], [1.0, 2.0], d(torch.zeros(3))), "one weight a tensor"),
         (lambda c, d: c.merge_gram([d(torch.zeros(3, dtype=torch.int32))], None), "merge_gram: x"),
-        (lambda c, d: c.merge_magnitude_counts(d(torch.zeros(3)), None, -1, d(torch.zeros(2, 9))), "counts must be"),
+        (lambda c, d: c.merge_magnitude_counts(d(torch.zeros(3)), None, 1, d(torch.zeros(2, 9))), "counts must be"),
+        (lambda c, d: c.merge_window_counts(d(torch.zeros(3)), None, [0, 8], d(torch.zeros(9))), "pairs"),
+        (
+            lambda c, d: c.merge_window_counts(d(torch.zeros(3)), None, [-1, 8], d(torch.zeros(9, dtype=torch.int64))),
+            "begins at -1",
+        ),
+        (
+            lambda c, d: c.merge_rank_mask(
+                d(torch.zeros(6)), d(torch.zeros(6)), 4, 0.5, 0.1, 1, 0, d(torch.zeros(1).int())
+            ),
+            "no rows of 4",
+        ),
+        (
+            lambda c, d: c.merge_rank_mask(
+                d(torch.zeros(6)), d(torch.zeros(6)), 3, 0.5, 0.6, 1, 0, d(torch.zeros(1).int())
+            ),
+            "epsilon 0.6",
+        ),
     ],
 )
 def test_bad_arguments(call, says) -> None:  # type: ignore[no-untyped-def]

@@ -25,18 +25,19 @@ def with_gradient(function, x, cos, sin, dy, heads):
     return [y.detach(), *torch.autograd.grad(y, x, dy)]
 
 
-@native
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("heads", [None, 1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_against_float64(shape, heads, dtype, no_worse):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_against_float64(shape, heads, dtype, backend, no_worse):
+    if dtype == torch.float16 and not backend.gpu:
+        pytest.skip("float16 runs on GPUs only")
     torch.manual_seed(0)
     tokens, count, dim, rotated = shape
     x, dy = (torch.randn(tokens, count, dim).to(dtype) for _ in range(2))
     cos, sin = tables(tokens, rotated)
     exact = with_gradient(reference, x.double(), cos.double(), sin.double(), dy.double(), heads)
     plain = with_gradient(reference, x, cos, sin, dy, heads)
-    ours = with_gradient(rope, x, cos, sin, dy, heads)
+    ours = [t.cpu() for t in with_gradient(rope, *backend.to(x, cos, sin, dy), heads)]
     for name, mine, theirs, true in zip(("y", "dx"), ours, plain, exact, strict=True):
         no_worse(name, mine, theirs, true)
     if heads == 1:
@@ -101,12 +102,16 @@ def test_bad_scaling_is_named(scaling, message):
         rope_frequencies(16, 10000.0, scaling, max_position=2048)
 
 
-@native
-def test_slices_of_a_fused_projection():
+def test_same_bits_in_any_order_of_warps(each_schedule):
+    x, (cos, sin) = torch.randn(9, 3, 24), tables(9, 16)
+    each_schedule(lambda: with_gradient(rope, x, cos, sin, x, 2))
+
+
+def test_slices_of_a_fused_projection(backend):
     torch.manual_seed(2)
-    wide, (cos, sin) = torch.randn(11, 9, 16), tables(11, 16)
+    wide, cos, sin = backend.to(torch.randn(11, 9, 16), *tables(11, 16))
     for x in (wide[:, 2:6], wide[:, ::2], wide.transpose(1, 2).contiguous().transpose(1, 2)):
-        dy = torch.randn(x.shape).transpose(0, 1).contiguous().transpose(0, 1)
+        dy = torch.randn(x.shape, device=x.device).transpose(0, 1).contiguous().transpose(0, 1)
         ours = with_gradient(rope, x, cos, sin, dy, None)
         tight = with_gradient(rope, x.contiguous(), cos, sin, dy.contiguous(), None)
         assert all(torch.equal(a, b) for a, b in zip(ours, tight, strict=True))

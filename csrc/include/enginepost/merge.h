@@ -15,8 +15,9 @@ enum { EP_MERGE_MAX_INPUTS = 64 };
 enum { EP_SELECT_ALL = 0, EP_SELECT_NONE = 1, EP_SELECT_MAGNITUDE = 2, EP_SELECT_RANDOM = 3, EP_SELECT_BITS = 4 };
 
 /* Which elements of a task vector stay. MAGNITUDE: bits of |d| strictly between low and high; of those equal to low all but the
- * first low_skip, of those equal to high the first high_keep; seen_low and seen_high count on from call to call. RANDOM: where the
- * element's draw is below limit. BITS: where the bit of `mask` is set (int32 words, bit i of the piece in word i / 32). */
+ * first low_skip, of those equal to high the first high_keep; seen_low and seen_high count on from call to call, while they matter.
+ * RANDOM: where the element's draw is below limit. BITS: where the bit of `mask` is set (int32 words, bit i of the piece in word
+ * i / 32). */
 typedef struct {
   int32_t kind, low, high;
   int64_t low_skip, high_keep, seen_low, seen_high;
@@ -31,20 +32,31 @@ EP_EXPORT int ep_merge_weighted_sum(const DLTensor *const *x, const double *weig
 /* total[i * count + j] += sum (x[i] - base)(x[j] - base), in double; base may be NULL. */
 EP_EXPORT int ep_merge_gram(const DLTensor *const *x, int count, const DLTensor *base, double *total);
 
-/* Counts the bits of |x - base|, 31 of them: by the upper 16 when prefix is -1 (counts has 2 x 65536), else by the lower 15 of
- * those whose upper bits are the prefix (2 x 32768). Elements are spread over the two tables, which the caller adds. base may be
- * NULL. */
-EP_EXPORT int ep_merge_magnitude_counts(const DLTensor *x, const DLTensor *base, int prefix, int64_t *counts);
+/* Counts the bits of |x - base|, 31 of them, by the upper 16: counts has 2 x 65536, over which elements are spread and which the
+ * caller adds. Looks at one run of 256 elements in `every`. base may be NULL. */
+EP_EXPORT int ep_merge_magnitude_counts(const DLTensor *x, const DLTensor *base, int64_t every, int64_t *counts);
+
+/* Counts the bits of |x - base| in windows, each (low, width) in `windows`: of its 1 + width numbers in `counts`, which follow one
+ * another, [0] += those below low and [1 + i] += those equal to low + i. base may be NULL. */
+enum { EP_MERGE_MAX_WINDOWS = 2 };
+EP_EXPORT int ep_merge_window_counts(const DLTensor *x, const DLTensor *base, const int64_t *windows, int count, int64_t *counts);
 
 /* total[0] += sum |d|, total[1] += sum |masked d|, in double, in blocks of `block` elements; start: index of the first element. */
 EP_EXPORT int ep_merge_masked_sums(const DLTensor *x, const DLTensor *base, ep_merge_select *select, int64_t start, int64_t block,
                                    double *total);
 
-/* DELLA's draw: mask bit = draw < limits[rank of |x - base| in its row of `columns`]; ties rank in order. limits (columns) int64;
- * mask (ceil(n / 32)) int32. */
+/* DELLA's draw: an element stays with a probability that grows from density - epsilon to density + epsilon with the rank of
+ * |x - base| in its row of `columns`. Magnitudes that agree in exponent and 6 bits of the fraction are equal, and so are all below
+ * 2^-16 of the row's largest; equal ones share the mean of their ranks. start: index of the first element. mask (ceil(n / 32))
+ * int32 is written; total, which may be NULL, as in ep_merge_masked_sums, row by row. */
+typedef struct {
+  int64_t columns, start;
+  double density, epsilon;
+  uint64_t key;
+} ep_merge_rank_params;
 EP_EXPORT int64_t ep_merge_rank_mask_workspace_bytes(int64_t columns);
-EP_EXPORT int ep_merge_rank_mask(const DLTensor *x, const DLTensor *base, const DLTensor *limits, uint64_t key, int64_t start,
-                                 const DLTensor *mask, void *workspace);
+EP_EXPORT int ep_merge_rank_mask(const DLTensor *x, const DLTensor *base, ep_merge_rank_params params, const DLTensor *mask,
+                                 double *total, void *workspace);
 
 /* out = base + scale * (masked, weighted and elected sum of x[i] - base); *signs = sum of the elected signs. */
 typedef struct {

@@ -2,6 +2,8 @@
 
 method.py      the face: steps, the loss of a micro-batch, evaluation, what a checkpoint keeps beside weights and optimizer
 sft.py         pretrain and sft: cross entropy of the trained tokens
+answers.py     what methods that compare or grade answers have in common
+preference.py  dpo, orpo, simpo, cpo: pairs of answers
 online.py      roll-outs made inside the loop, which the next three learn from
 policy.py      grpo (and dr_grpo, dapo, gspo, cispo) and rloo: completions compared with the others of their prompt
 ppo.py         ppo: a value head, generalized advantage estimation, an adaptive KL
@@ -17,6 +19,10 @@ from enginepost.train.methods.method import Method
 CLASSES = {
     "sft": ("sft", "Sft"),
     "pretrain": ("sft", "Sft"),
+    "dpo": ("preference", "Dpo"),
+    "orpo": ("preference", "Orpo"),
+    "simpo": ("preference", "Contrastive"),
+    "cpo": ("preference", "Contrastive"),
     "grpo": ("policy", "Grpo"),
     "rloo": ("policy", "Rloo"),
     "ppo": ("ppo", "Ppo"),

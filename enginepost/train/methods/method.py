@@ -6,6 +6,7 @@ step looks at, the loss and what is measured. In the order in which the loop cal
     method = create(recipe)                     rows read, `data` and `total` set; no model yet, so mistakes in data come first
     method.attach(model)                        reference policies, heads; `modules` are trained beside the model
     method.restore(state, tensors)              only when a run resumes: what `state()` and `tensors()` gave
+    method.begin(model)                         only when a run does not resume: checks before the first step
     for step = 1, 2, ..., total:
         work = method.step(model, step)         micro-batches of one optimizer step (roll-outs are made here)
         for i: method.loss(model, work, i)      backward, then the update
@@ -74,6 +75,9 @@ class Method:
 
     def restore(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Take over `state()` and `tensors()` of a checkpoint, after `attach`; the tensors of `modules` are restored already."""
+
+    def begin(self, model: Any) -> None:
+        """Called before the first step of a run that does not resume. Leaves the model in training mode."""
 
     def step(self, model: Any, number: int) -> Work:
         """What optimizer step `number`, counted from 1, does."""
