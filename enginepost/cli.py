@@ -328,6 +328,48 @@ def quantize(
 
 
 @app.command(
+    epilog=_example(
+        "enginepost score runs/reward/model answers.jsonl",
+        "enginepost score runs/reward/adapter pairs.jsonl --out scores.jsonl",
+    )
+)
+def score(
+    model: Annotated[
+        str, typer.Argument(help="A reward model: what method reward or prm wrote, or one from elsewhere.")
+    ],
+    paths: Annotated[
+        list[str], typer.Argument(metavar="FILES...", help="Conversations, pairs, or solutions with steps.")
+    ],
+    out: Annotated[str | None, typer.Option(help="A jsonl file to write; default standard output.")] = None,
+    template: Annotated[str | None, typer.Option(help="A chat template by name, or a file.")] = None,
+    max_length: Annotated[int, typer.Option(min=2, help="Most tokens of a row.")] = 4096,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+) -> None:
+    """Score answers with a reward model, packed; of pairs also say how often the chosen answer wins."""
+    import json
+    import pathlib
+
+    import torch
+
+    from enginepost.score import score
+
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    if dtype not in dtypes:
+        raise EnginepostError(f"--dtype {dtype}: expected bfloat16 or float32")
+    found = score(model, paths, template=template, max_length=max_length, dtype=dtypes[dtype])
+    lines = "".join(json.dumps(row) + "\n" for row in found.rows)
+    if out is None:
+        typer.echo(lines, nl=False)
+    else:
+        try:
+            pathlib.Path(out).write_text(lines, encoding="utf-8")
+        except OSError as error:
+            raise EnginepostError(f"cannot write {out}: {error.strerror}") from None
+    if found.accuracy is not None:
+        typer.echo(f"agrees with {found.accuracy:.1%} of {found.labelled} labels", err=True)
+
+
+@app.command(
     epilog=_example("enginepost kernels", "enginepost kernels --bench", "ENGINEPOST_CPU=portable enginepost kernels")
 )
 def kernels(

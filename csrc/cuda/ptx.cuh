@@ -150,7 +150,10 @@ __device__ __forceinline__ void cp_async_wait() {
 // Data that is read or written once: it does not push other data out of the caches.
 __device__ __forceinline__ uint4 load_once(const uint4 *p) {
   uint4 v;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");  // a result may lie over its input: no store may move above this
   return v;
 }
 __device__ __forceinline__ void store_once(uint4 *p, uint4 v) {

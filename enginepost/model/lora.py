@@ -161,12 +161,13 @@ def adapter_off(model: Transformer) -> Iterator[None]:
             linear.parts = parts
 
 
-def load_adapter(model: Transformer, directory: str | Path) -> None:
+def load_adapter(model: Transformer, directory: str | Path, *, full_tensors: bool = False) -> dict[str, Tensor]:
     """Put a PEFT LoRA adapter on top of a base model; the base is frozen, the adapter trains.
 
+    full_tensors: the caller applies the whole tensors that the adapter brings (a score head), which are returned by name.
     Raises: EnginepostError for a damaged adapter, or one whose modules or shapes are not those of the model.
     """
-    adapter = read_adapter(directory)
+    adapter = read_adapter(directory, full_tensors=full_tensors)
     modules = {m.path: m for m in linear_modules(model.spec)}
     for path, part in adapter.parts.items():
         if path not in modules:
@@ -196,12 +197,17 @@ def load_adapter(model: Transformer, directory: str | Path) -> None:
             update.B.copy_(part.B)
             if update.magnitude is not None and part.magnitude is not None:
                 update.magnitude.copy_(part.magnitude)
+    return adapter.full
 
 
-def save_adapter(model: Transformer, directory: str | Path, base_model: str | Path | None = None) -> None:
+def save_adapter(
+    model: Transformer, directory: str | Path, base_model: str | Path | None = None, *,
+    full: Mapping[str, Tensor] | None = None, task_type: str = "CAUSAL_LM",
+) -> None:  # fmt: skip
     """Write the adapter as PEFT does: adapter_config.json and adapter_model.safetensors.
 
-    base_model: what adapter_config.json names as its base. Raises EnginepostError when the model has no adapter.
+    base_model: what adapter_config.json names as its base; full: whole tensors that go with it (a score head).
+    Raises EnginepostError when the model has no adapter.
     """
     settings = model.lora_settings
     if settings is None:
@@ -214,7 +220,8 @@ def save_adapter(model: Transformer, directory: str | Path, base_model: str | Pa
         "base_model_name_or_path": None if base_model is None else str(base_model), "r": settings.r,
         "lora_alpha": _whole(settings.alpha), "lora_dropout": settings.dropout, "target_modules": targets,
         "use_rslora": settings.use_rslora, "use_dora": settings.use_dora, "rank_pattern": settings.rank_pattern,
-        "alpha_pattern": {k: _whole(v) for k, v in settings.alpha_pattern.items()},
+        "alpha_pattern": {k: _whole(v) for k, v in settings.alpha_pattern.items()}, "task_type": task_type,
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in full or {}}) or None,
     }  # fmt: skip
     parts = {
         path: LoraWeights(
@@ -222,7 +229,7 @@ def save_adapter(model: Transformer, directory: str | Path, base_model: str | Pa
         )
         for path, u in found.items()
     }  # fmt: skip
-    write_adapter(directory, Adapter(config, parts))
+    write_adapter(directory, Adapter(config, parts, dict(full or {})))
 
 
 def _whole(x: float) -> float:

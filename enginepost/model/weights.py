@@ -7,6 +7,7 @@ streamed are no parameters: `enginepost.model.blob` says how a block of them lie
 
 import json
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,6 +35,7 @@ from enginepost.model.transformer import Transformer
 def load_model(
     path: str | Path, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu",
     adapter: str | Path | None = None, *, quantize: str | None = None, weights: Residency = "resident", slots: int = SLOTS,
+    classifier: bool = False,
 ) -> Transformer:  # fmt: skip
     """Load a Hugging Face model directory, and a PEFT adapter on top of it where one is named.
 
@@ -45,6 +47,7 @@ def load_model(
         weights: where the linear layers of the blocks live, "resident", "host" or "disk" (`enginepost.model.residency`); what is
             not resident cannot train.
         slots: blocks that have room in memory when weights are streamed.
+        classifier: the directory holds a classification model; it is read without its head (`enginepost.model.scorer` reads that).
 
     Returns: a Transformer in evaluation mode.
     Raises: EnginepostError for an unsupported config, a missing, unexpected or misshapen tensor, a file that cannot be read.
@@ -53,12 +56,16 @@ def load_model(
     if weights not in get_args(Residency):
         raise EnginepostError(f"weights {weights!r} is not known; use {', '.join(get_args(Residency))}")
     config = read_config(path)
+    if classifier:  # no head of tokens: as if it were the embedding
+        causal = FAMILIES[config["model_type"]].architecture if config.get("model_type") in FAMILIES else None
+        config = {**config, "tie_word_embeddings": True, "architectures": [causal]}
+        config.pop("num_labels", None)
     try:
         spec = ModelSpec.from_config(config)
     except EnginepostError as error:
         raise type(error)(f"{path}: {error}") from None
     checkpoint = Checkpoint(path if quantize is None else quantized_copy(path, quantize))
-    check_names(checkpoint, spec, path)
+    check_names(checkpoint, spec, path, also={"score.weight", "score.bias"} if classifier else set())
     entries = layout(spec)
     streamed = weights == "disk" or (weights == "host" and device.type != "cpu")
     frozen = streamed or any(is_quantized(checkpoint, entry.name) for entry in entries)
@@ -92,11 +99,11 @@ def _read(checkpoint: Checkpoint, entry: Entry, out: Tensor) -> None:
     out.copy_(on_host)
 
 
-def check_names(checkpoint: Checkpoint, spec: ModelSpec, path: Path) -> None:
-    """Raise unless the checkpoint has exactly the tensors of the model, in their shapes."""
+def check_names(checkpoint: Checkpoint, spec: ModelSpec, path: Path, also: AbstractSet[str] = frozenset()) -> None:
+    """Raise unless the checkpoint has exactly the tensors of the model, in their shapes; `also`: others that it may have."""
     wanted = {e.name: e.shape for e in layout(spec)}
     # A tied head may be stored beside the embedding; buffers of old exporters hold nothing that the config does not say.
-    ignored = {"lm_head.weight"} if spec.tied else set()
+    ignored = ({"lm_head.weight"} if spec.tied else set()) | also
     found = {n for n in weight_names(checkpoint) if n not in ignored and not n.endswith("rotary_emb.inv_freq")}
     missing, unexpected = [n for n in wanted if n not in found], sorted(found - wanted.keys())
     if missing or unexpected:

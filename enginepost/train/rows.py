@@ -44,7 +44,7 @@ def load_rows(recipe: Recipe) -> tuple[Rows, Rows | None]:
         dataset = prepare(
             paths,
             tokenizer,
-            method=recipe.method,
+            method="pretrain" if recipe.method == "pretrain" else "sft",
             format=recipe.format,
             template=recipe.template,
             train_on=recipe.train_on,

@@ -4,6 +4,9 @@ method.py      the face: steps, the loss of a micro-batch, evaluation, what a ch
 sft.py         pretrain and sft: cross entropy of the trained tokens
 answers.py     what methods that compare or grade answers have in common
 preference.py  dpo, orpo, simpo, cpo: pairs of answers
+kto.py         kto: answers that are good or bad
+reward.py      reward, prm: scores of answers, of steps
+distill.py     distill: a teacher's distribution on recorded rows
 online.py      roll-outs made inside the loop, which the next three learn from
 policy.py      grpo (and dr_grpo, dapo, gspo, cispo) and rloo: completions compared with the others of their prompt
 ppo.py         ppo: a value head, generalized advantage estimation, an adaptive KL
@@ -23,6 +26,10 @@ CLASSES = {
     "orpo": ("preference", "Orpo"),
     "simpo": ("preference", "Contrastive"),
     "cpo": ("preference", "Contrastive"),
+    "kto": ("kto", "Kto"),
+    "reward": ("reward", "Reward"),
+    "prm": ("reward", "Prm"),
+    "distill": ("distill", "Distill"),
     "grpo": ("policy", "Grpo"),
     "rloo": ("policy", "Rloo"),
     "ppo": ("ppo", "Ppo"),

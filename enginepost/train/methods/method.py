@@ -53,6 +53,7 @@ class Work:
     epoch: float
     ends_epoch: bool
     metrics: dict[str, float] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)  # what the micro-batches of the step share
 
     @property
     def tokens(self) -> int:

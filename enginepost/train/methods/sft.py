@@ -14,7 +14,7 @@ from enginepost.kernels.linear_logprob import linear_logprob
 from enginepost.recipe import Recipe
 from enginepost.train.methods.method import Method, Metrics, Work
 from enginepost.train.objectives.sft import sft_loss
-from enginepost.train.rows import fingerprint, load_rows
+from enginepost.train.rows import Rows, fingerprint, load_rows
 from enginepost.train.schedule import Plan
 
 
@@ -34,14 +34,22 @@ class Sft(Method):
         todo = self.plan.step(number)
         return self.work(todo.micro_batches, todo.epoch, todo.ends_epoch)
 
-    def work(self, micro_batches: list[list[int]], epoch: float = 0.0, ends_epoch: bool = False) -> Work:
-        """The step that looks at these rows. Raises EnginepostError when none of their tokens is trained on."""
-        batches = [self.rows.batch(members) for members in micro_batches]
+    def work(
+        self, micro_batches: list[list[int]], epoch: float = 0.0, ends_epoch: bool = False, rows: Rows | None = None
+    ) -> Work:
+        """The step that looks at these rows, by default of the training side. Raises EnginepostError when none of their tokens is
+        trained on."""
+        batches = [(rows or self.rows).batch(members) for members in micro_batches]
         count = sum(int((b.targets != -100).sum()) for b in batches)
         if count == 0:
-            rows = ", ".join(row for b in batches for row in b.rows)
-            raise EnginepostError(f"no token of these rows is trained on: {rows}")
+            places = ", ".join(row for b in batches for row in b.rows)
+            raise EnginepostError(f"no token of these rows is trained on: {places}")
         return Work(batches, count, epoch, ends_epoch)
+
+    def planned(self, rows: Rows) -> list[list[int]]:
+        """Micro-batches that see each row once."""
+        r = self.recipe
+        return plan_batches(rows.lengths, batch_size=r.batch_size, max_length=r.max_length, packing=r.packing)
 
     def loss(self, model: Any, work: Work, index: int) -> tuple[Tensor, Metrics]:
         batch = work.micro_batches[index]
@@ -56,10 +64,7 @@ class Sft(Method):
     def evaluate(self, model: Any) -> dict[str, float] | None:
         if self.validation is None:
             return None
-        r = self.recipe
-        plan = plan_batches(
-            self.validation.lengths, batch_size=r.batch_size, max_length=r.max_length, packing=r.packing
-        )
+        plan = self.planned(self.validation)
         model.eval()
         total, count = 0.0, 0
         for micro in plan:
