@@ -174,8 +174,8 @@ __device__ __forceinline__ void red_add_x4(float *p, const float (&v)[4]) {
 constexpr int RED_WIDTH = 1;
 __device__ __forceinline__ void red_add_x4(float *, const float (&)[4]) {}
 #endif
-// A counter in global memory by which blocks wait for each other: what was written before add_release (with __threadfence, and by the
-// whole block with a barrier too) is seen after a load_acquire that sees the sum.
+// A counter in global memory by which blocks wait for each other: what was written before add_release (with __threadfence, and by
+// the whole block with a barrier too) is seen after a load_acquire that sees the sum.
 __device__ __forceinline__ int load_acquire(const int *p) {
   int v;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");

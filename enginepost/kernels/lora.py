@@ -60,7 +60,11 @@ def reference(
     wide = torch.promote_types(x.dtype, torch.float32)
     xw = x.to(wide)
     w = torch.cat([reference_dequantize(m, wide) if isinstance(m, NF4Weight) else m.to(wide) for m in matrices(weight)])
-    masked = torch.where(keep_mask(*x.shape, dropout, seed, x.device), xw / (1 - dropout), 0.0) if dropout else xw
+    masked = (
+        torch.where(keep_mask(x.shape[0], x.shape[1], dropout, seed, x.device), xw / (1 - dropout), 0.0)
+        if dropout
+        else xw
+    )
     base = xw @ w.T
     columns = list(base.split(1, dim=1)) if base.numel() else []
     for p in parts:
@@ -319,7 +323,7 @@ def _row_squares(m: Matrix) -> Tensor:
 
 
 def _dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
-    return torch.where(keep_mask(*x.shape, dropout, seed, x.device), x * (1 / (1 - dropout)), 0.0)
+    return torch.where(keep_mask(x.shape[0], x.shape[1], dropout, seed, x.device), x * (1 / (1 - dropout)), 0.0)
 
 
 def _lines(x: Tensor) -> Tensor:
