@@ -53,6 +53,39 @@ def train(
 
 @app.command(
     epilog=_example(
+        "enginepost plan recipe.yaml --gpu rtx4070",
+        "enginepost plan recipe.yaml model=llama-3.1-8b quantize=nf4 --gpu 8GB --host 32GB",
+    )
+)
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE.YAML", help="What would be trained, on what, how.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Recipe keys to set; model= takes a public name too."),
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="A card by name or size (rtx4070, 8GB); default: this CPU.")] = None,
+    memory: Annotated[str | None, typer.Option(help="To stay within, such as 12GB; default: what is there.")] = None,
+    host: Annotated[str | None, typer.Option(help="Host memory beside the GPU, such as 64GB.")] = None,
+    tflops: Annotated[float | None, typer.Option(min=0.001, help="Rate of matrix products, where it is known.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Tell the memory and time of a recipe before it runs: peak by item, what fits, the cheapest change that makes it fit."""
+    import json
+
+    from rich.console import Console
+
+    from enginepost.plan import plan
+    from enginepost.recipe import parse_overrides
+
+    made = plan(recipe, parse_overrides(overrides or []), on=gpu, memory=memory, host=host, tflops=tflops)
+    if as_json:
+        typer.echo(json.dumps(made.to_json(), indent=2))
+    else:
+        made.show(Console(highlight=False, soft_wrap=True))
+
+
+@app.command(
+    epilog=_example(
         "enginepost init --like llama-3.1-8b models/random-8b",
         "enginepost init --like llama-3.2-1b models/small num_hidden_layers=2 --tokenizer models/SmolLM2-135M",
     )

@@ -57,6 +57,28 @@ def _method(value: str) -> str:
     return value
 
 
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i)?)?b?", re.IGNORECASE)
+
+
+def memory_size(text: str) -> float | None:
+    """Bytes of an amount of memory such as 12GB, 512MB or 8GiB (binary); a bare number is GB. None for anything else.
+
+    >>> memory_size("12GB"), memory_size("8GiB"), memory_size("0.5"), memory_size("much")
+    (12000000000.0, 8589934592.0, 500000000.0, None)
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if not found or float(found[1]) <= 0:
+        return None
+    return float(found[1]) * (1024.0 if found[3] else 1000.0) ** ("kmgt".index((found[2] or "g").lower()) + 1)
+
+
+def _memory(value: Any) -> Any:
+    text = str(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else ""
+    if value is None or text == "auto" or memory_size(text) is not None:
+        return None if value is None else text
+    raise ValueError("expected auto, or an amount of memory such as 12GB")
+
+
 def _text(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
@@ -125,6 +147,7 @@ class Recipe(_Strict):
     quantize: Literal["nf4", "nf4-double", "fp4"] | None = None  # the frozen weights in 4 bits (QLoRA)
     weights: Literal["resident", "host", "disk"] = "resident"  # where the frozen weights live; see docs/memory.md
     checkpointing: bool = True  # recompute each block's activations in backward: less memory, about a quarter more time
+    memory: Annotated[str | None, BeforeValidator(_memory)] = None  # auto or 12GB: choose weights and checkpointing
     # run
     save_every: Count = 100  # optimizer steps between checkpoints: what a crash can cost
     keep_last: Count = 2
@@ -182,6 +205,7 @@ FREE_ON_RESUME = {
     "tensorboard",
     "checkpointing",
     "weights",
+    "memory",
 }
 
 

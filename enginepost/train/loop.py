@@ -29,7 +29,7 @@ from enginepost.model.layout import layout
 from enginepost.model.residency import WeightsError
 from enginepost.model.spec import ModelSpec
 from enginepost.recipe import Recipe, load_recipe
-from enginepost.train import methods, weights
+from enginepost.train import budget, methods, weights
 from enginepost.train.methods.method import Method, Metrics, MicroBatch, Work, add_metrics, mean_metrics
 from enginepost.train.monitor import Monitor, SpikeWatch, resident_bytes
 from enginepost.train.optimizer import AdamW
@@ -72,6 +72,12 @@ def train(recipe: str | os.PathLike[str] | Mapping[str, Any], *, resume: bool = 
 
 def _train(recipe: Recipe, run: RunDirectory, command: str) -> None:
     method = methods.create(recipe)
+    recipe = budget.settle(recipe, say=print)
+    with budget.guarded(recipe):
+        _steps(recipe, run, method, command)
+
+
+def _steps(recipe: Recipe, run: RunDirectory, method: Method, command: str) -> None:
     checkpoint = next(reversed(run.checkpoints()), None)
     state = read_state(checkpoint) if checkpoint else None
     if state and state["enginepost"]["data"] != method.data:

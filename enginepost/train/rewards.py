@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from enginepost.data import Tokenizer
+from enginepost.data import Tokenizer, render
+from enginepost.data.chat import resolve
 from enginepost.data.prompts import Prompt
 from enginepost.errors import EnginepostError
 from enginepost.recipe_online import Reward
@@ -43,14 +44,17 @@ class Judge:
     score: Scorer
 
 
-def load(items: Sequence[Reward], tokenizer: Tokenizer, vocab_size: int, dtype: torch.dtype) -> list[Judge]:
+def load(
+    items: Sequence[Reward], tokenizer: Tokenizer, *, vocab_size: int, dtype: torch.dtype, template: str | None = None
+) -> list[Judge]:  # fmt: skip
     """The rewards of a recipe. Raises RewardError for a function that cannot be imported, a reward model that does not fit."""
     judges: list[Judge] = []
     for item in items:
         if item.model is not None:
-            from enginepost.train.reward_judge import model_scorer
-
-            name, score = pathlib.Path(item.model).name, model_scorer(item.model, tokenizer, vocab_size, dtype)
+            name, score = (
+                pathlib.Path(item.model).name,
+                model_scorer(item.model, tokenizer, vocab_size=vocab_size, dtype=dtype, template=template),
+            )
         else:
             function = item.function if callable(item.function) else find(item.function)
             name = getattr(function, "__name__", type(function).__name__)
@@ -122,6 +126,46 @@ def function_scorer(function: Callable[..., Any], name: str, tokenizer: Tokenize
         return check(values, name, prompts)
 
     return score
+
+
+def model_scorer(
+    path: str, tokenizer: Tokenizer, *, vocab_size: int, dtype: torch.dtype, template: str | None = None
+) -> Scorer:  # fmt: skip
+    """Scores by a reward model: of prompt and completion, as they were drawn, and what a chat template writes after an answer."""
+    from enginepost.model.scorer import load_scorer
+
+    scorer = load_scorer(path, dtype)
+    theirs, labels = scorer.model.spec.vocab_size, scorer.head.out_features
+    if scorer.kind != "sequence" or labels != 1:
+        raise RewardError(
+            f"rewards: {path}: expected a sequence-classification checkpoint with one label, found {scorer.kind} "
+            f"classification with {labels}"
+        )
+    if theirs != vocab_size:
+        raise RewardError(
+            f"rewards: {path}: the reward model has a vocabulary of {theirs} tokens and the policy one of {vocab_size}; it must "
+            "read the policy's tokens, so train it from a model of the same family"
+        )
+    tail = after_an_answer(tokenizer, template)
+
+    def score(prompts: list[Prompt], ids: list[list[int]]) -> list[float | None]:
+        sequences = []
+        for prompt, completion in zip(prompts, ids, strict=True):
+            ended = completion[-1:] and completion[-1] in tokenizer.stop_ids and not isinstance(prompt.value, str)
+            sequences.append([*prompt.ids, *completion, *(tail if ended else [])])
+        return check(scorer.score(sequences), pathlib.Path(path).name, prompts)
+
+    return score
+
+
+def after_an_answer(tokenizer: Tokenizer, template: str | None) -> list[int]:
+    """What the chat template writes after the stop token of an answer (a line break, often): reward models have read it there."""
+    if template is None and tokenizer.chat_template is None:
+        return []
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ids = tokenizer.encode(render(turns, resolve(template, tokenizer), None, False, **tokenizer.special_tokens))
+    stops = [i for i, id in enumerate(ids) if id in tokenizer.stop_ids]
+    return ids[stops[-1] + 1 :] if stops else []
 
 
 def check(values: Any, name: str, prompts: list[Prompt]) -> list[float | None]:

@@ -16,7 +16,7 @@ from enginepost.checkpoint import Checkpoint
 from enginepost.errors import EnginepostError
 from enginepost.model import load_model
 from enginepost.recipe import load_recipe
-from enginepost.train import methods
+from enginepost.train import methods, rewards
 from enginepost.train.loop import Interrupted, accumulate, train
 from enginepost.train.rewards import RewardError
 
@@ -431,3 +431,56 @@ def test_a_step_of_which_all_was_cut_off_learns_nothing(recipe: MakeRecipe) -> N
     run = train(recipe("grpo", mask_truncated_completions=True, max_steps=2, max_completion_length=1))
     assert all(m["completions/clipped_ratio"] == 1.0 and m["loss"] == 0.0 for m in lines(run))
     assert all(t.abs().max() == 0 for n, t in result_of(run).items() if "lora_B" in n)
+
+
+def reward_model(directory: pathlib.Path, source: str, labels: int = 1, vocab_size: int | None = None) -> pathlib.Path:
+    from enginepost.model.scorer import new_head, save_scorer
+
+    from enginepost.model import create_model
+
+    config = {**load_model(source, dtype=torch.float32).config, "hidden_size": 48}
+    config["vocab_size"] = vocab_size or config["vocab_size"]
+    model = create_model(config, dtype=torch.float32, seed=8)
+    kind = "sequence" if labels == 1 else "token"
+    save_scorer(
+        model, new_head(model, labels, bias=labels > 1, seed=0), directory, kind=kind, source=source, pad_id=0
+    )  # fmt: skip
+    return directory
+
+
+def test_a_reward_model_is_a_reward(recipe: MakeRecipe, tmp_path: pathlib.Path) -> None:
+    """Its scores are those that it gives prompt and completion by itself; with a weight, beside a function."""
+    from enginepost.model.scorer import load_scorer
+
+    from enginepost.data import Tokenizer
+
+    settings = recipe("rloo", max_steps=1, beta=0.0)
+    path = reward_model(tmp_path / "judge", settings["model"])
+    settings["rewards"] = [{"model": str(path), "weight": 2.0}, has_even_ids]
+    method = methods.create(load_recipe(settings))
+    model = loop.weights.load(method.recipe, torch.float32, None)
+    method.attach(model)
+    rollout = method.make(model, 0)
+    scorer = load_scorer(path, torch.float32)
+    ends = rollout.lengths.cumsum(0).tolist()
+    whole = [rollout.ids[e - n : e].tolist() for e, n in zip(ends, rollout.lengths.tolist(), strict=True)]
+    wanted = torch.tensor(scorer.score(whole), dtype=torch.float64)
+    even = torch.tensor(has_even_ids(rollout.completion_ids()), dtype=torch.float64)
+    assert rollout.metrics["rewards/judge/mean"] == pytest.approx(wanted.mean().item(), abs=1e-5)
+    assert rollout.metrics["reward"] == pytest.approx((2 * wanted + even).mean().item(), abs=1e-5)
+    turn = Tokenizer.load(settings["model"])
+    assert turn.decode(rewards.after_an_answer(turn, None)) == "\n"  # what ChatML writes after <|im_end|>
+
+
+def test_a_reward_model_that_does_not_fit(recipe: MakeRecipe, tmp_path: pathlib.Path) -> None:
+    source = recipe("grpo")["model"]
+    other = reward_model(tmp_path / "other", source, vocab_size=500)
+    with pytest.raises(
+        RewardError, match=r"other: the reward model has a vocabulary of 500 tokens and the policy one of"
+    ):
+        train(recipe("grpo", rewards=[{"model": str(other)}]))
+    steps = reward_model(tmp_path / "steps", source, labels=2)
+    with pytest.raises(RewardError, match="expected a sequence-classification checkpoint with one label, found token"):
+        train(recipe("grpo", rewards=[{"model": str(steps)}]))
+    with pytest.raises(EnginepostError, match="which gives tokens, not scores"):
+        train(recipe("grpo", rewards=[{"model": source}]))

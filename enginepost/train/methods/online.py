@@ -23,9 +23,9 @@ from enginepost.model import ModelSpec
 from enginepost.model.weights import read_config
 from enginepost.recipe_online import OnlineRecipe
 from enginepost.train import rewards
-from enginepost.train.frozen import Reference, reference_of
 from enginepost.train.methods.method import Method, Work
 from enginepost.train.objectives import advantages as adv
+from enginepost.train.reference import Reference
 from enginepost.train.rollout import Rollout, add_logprobs, describe, gather, packs
 
 FLAT = "frac_reward_zero_std"
@@ -69,7 +69,10 @@ class Online(Method):
         held = 0 if self.held is None else len(self.held)
         self.size = f"{len(self.prompts)} prompts, {held} for validation, {recipe.num_generations} completions of each"
         self.rollout: Rollout | None = None
-        self.judges: list[rewards.Judge] = []
+        self.judges = rewards.load(
+            recipe.rewards, self.tokenizer, vocab_size=self.spec.vocab_size, template=recipe.template,
+            dtype=torch.bfloat16 if recipe.dtype == "bf16" else torch.float32,
+        )  # fmt: skip
         self.reference: Reference | None = None
 
     def _read(self) -> tuple[Prompts, Prompts | None]:
@@ -102,9 +105,8 @@ class Online(Method):
         return prompts, None if recipe.validation is None else read(recipe.validation)
 
     def attach(self, model: Any) -> None:
-        self.judges = rewards.load(self.recipe.rewards, self.tokenizer, self.spec.vocab_size, model.dtype)
         if self.needs_reference():
-            self.reference = reference_of(self.recipe, model)
+            self.reference = Reference(self.recipe, model, None)
 
     def needs_reference(self) -> bool:
         return self.recipe.beta > 0
@@ -208,9 +210,9 @@ class Online(Method):
     def add_old(self, model: Any, rollout: Rollout) -> None:
         add_logprobs(rollout, model, self.prompts, self.recipe, "old", self.recipe.temperature)
 
-    def add_reference(self, rollout: Rollout) -> None:
+    def add_reference(self, model: Any, rollout: Rollout) -> None:
         assert self.reference is not None
-        with self.reference() as reference:
+        with self.reference.policy(model) as reference:
             add_logprobs(rollout, reference, self.prompts, self.recipe, "ref", self.recipe.temperature)
 
     # Evaluation and checkpoints

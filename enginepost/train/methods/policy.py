@@ -59,7 +59,7 @@ class Grouped(Online):
         if self.per_rollout > 1 or self.kl_in_reward():
             self.add_old(model, rollout)
         if self.needs_reference():
-            self.add_reference(rollout)
+            self.add_reference(model, rollout)
         rollout.tokens["advantages"] = self.advantages(rollout, scores).float().repeat_interleave(rollout.completions)
 
     def kl_in_reward(self) -> bool:

@@ -70,7 +70,7 @@ class Ppo(Online):
         self._add_old_and_values(model, rollout)
         kl = torch.zeros(len(tokens["old"]), dtype=torch.float64)
         if self.needs_reference():
-            self.add_reference(rollout)
+            self.add_reference(model, rollout)
             kl = kl_estimate(tokens["old"].double(), tokens["ref"].double(), recipe.kl_estimator)
             # Of a completion, summed over its tokens: what the controller steers. k1 is exact in the mean and cannot be fooled.
             whole = (tokens["old"].double() - tokens["ref"].double()).sum().item() / len(rollout)

@@ -1,0 +1,13 @@
+"""Will it fit? The memory and time of a recipe, told from a config.json before anything is loaded. Nothing here imports torch.
+
+memory.py     the peak of a training step, item by item
+setup.py      a recipe and a config -> what memory.py needs
+machine.py    GPUs by name, this machine, amounts of memory
+speed.py      roughly how long a step takes
+choose.py     the longest context, the largest batch, the cheapest switches that fit
+report.py     the table and the JSON of `enginepost plan`; what `enginepost train` says and decides
+"""
+
+from enginepost.plan.report import Plan, plan
+
+__all__ = ["Plan", "plan"]

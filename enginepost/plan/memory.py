@@ -1,0 +1,422 @@
+"""The peak memory of a training step, item by item, from a model's config alone.
+
+A step is played through with sizes in place of tensors: `Tape` holds what is alive, by item, and remembers the highest total and
+what it was made of. What is allocated and freed, and when, follows the code: Block.forward of model/transformer.py, the autograd
+functions of kernels/*.py, AdamW of train/optimizer.py. Only the blocks at the two ends are played, as every item between them
+grows or shrinks evenly from one to the other.
+
+    T tokens, e bytes an element, h width, q = heads * D, kv = kv_heads * D, I inner width, R summed ranks of a linear layer
+
+    kept of a block       T e (4 h + 2 q + 2 kv + 3 I) + 4 T R + lse          all blocks, or with checkpointing the one at work
+    kept with checkpointing   T e h a block
+    head                  4 T h, the direction of each log-probability, while the head is frozen
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+
+from enginepost.model.layout import block_bytes, layout, match_targets
+from enginepost.model.spec import ModelSpec
+
+# Items, in the order in which reports show them.
+ITEMS = {
+    "weights": "weights that stay",
+    "slots": "weights that stream through",
+    "adapters": "adapters",
+    "masters": "float32 master weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer moments",
+    "inputs": "block inputs kept for the backward pass",
+    "activations": "activations",
+    "head": "head",
+    "batch": "tokens and rotary tables",
+    "workspace": "kernels' workspace",
+    "process": "Python, torch and the driver",
+}
+LINEARS = ("qkv", "o", "gate_up", "down")
+SMALLEST8 = 4096  # elements from which 8-bit moments are used (kernels/adamw.py)
+# Anonymous memory of a process that has imported torch and this package and trained something small, beside what is counted here:
+# measured on x86-64 Linux, torch 2.6 to 2.9. On a GPU: the context, which the allocator does not see.
+PROCESS = {"cpu": 257e6, "cuda": 0.6e9}
+MAPPED = {"cpu": 0.14e9, "cuda": 1.0e9}  # pages of libraries in memory
+HOST_PROCESS = 1.2e9  # host memory of a process that has a GPU
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Everything that decides the memory of a step. tokens: of the largest micro-batch; ranks: {linear layer of a block: [(rank,
+    outputs, elements of A and B and magnitude)]} of the block with the most, adapter_sizes: elements of every adapter tensor."""
+
+    spec: ModelSpec
+    tokens: int
+    sequences: int = 1
+    micro_batches: int = 1
+    itemsize: int = 2
+    full: bool = False
+    ranks: Mapping[str, tuple[tuple[int, int], ...]] = dataclasses.field(default_factory=dict)
+    adapter_sizes: tuple[int, ...] = ()
+    dora: bool = False
+    dropout: bool = False
+    checkpointing: bool = True
+    quantize: str | None = None
+    weights: str = "resident"
+    slots: int = 2
+    moment_bits: int = 32
+    fused_optimizer: bool = False
+    mlp_chunk: int | None = None
+    offload_inputs: bool = False
+    device: str = "cpu"
+    threads: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """Bytes at the highest moment: of the device (on a CPU: anonymous memory), by item; `when` names the moment. mapped: pages of
+    files in memory beside it. host: bytes of host memory that a GPU run needs."""
+
+    items: dict[str, float]
+    when: str
+    mapped: float
+    host: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.items.values())
+
+
+class Tape:
+    """What is alive, in bytes by item, and the highest total so far."""
+
+    def __init__(self) -> None:
+        self.now: dict[str, float] = dict.fromkeys(ITEMS, 0.0)
+        self.total, self.top = 0.0, 0.0
+        self.at_top: dict[str, float] = {}
+        self.moment, self.when = "", ""
+
+    def take(self, nbytes: float, item: str = "activations") -> tuple[str, float]:
+        """Allocate; what comes back is for `free`."""
+        self.now[item] += nbytes
+        self.total += nbytes
+        if self.total > self.top:
+            self.top, self.at_top, self.when = self.total, dict(self.now), self.moment
+        return item, nbytes
+
+    def free(self, *held: tuple[str, float]) -> None:
+        for item, nbytes in held:
+            self.now[item] -= nbytes
+            self.total -= nbytes
+
+
+def adapter(spec: ModelSpec, targets: str | list[str], rank: int, patterns: Mapping[str, int], dora: bool) -> tuple[
+    dict[str, tuple[tuple[int, int], ...]], tuple[int, ...]
+]:  # fmt: skip
+    """(ranks of the block that has the most, elements of every adapter tensor): see `Setup`."""
+    blocks: dict[int, dict[str, list[tuple[int, int]]]] = {}
+    sizes: list[int] = []
+    for target in match_targets(spec, targets):
+        r = next((v for k, v in patterns.items() if re.match(rf"(.*\.)?({k})$", target.path)), rank)
+        rows = target.stop - target.start
+        _, index, linear = target.linear.split(".")
+        blocks.setdefault(int(index), {}).setdefault(linear, []).append((r, rows))
+        sizes += [r * target.inputs, rows * r, *([rows] if dora else [])]
+    most = max(blocks.values(), key=lambda b: sum(r for parts in b.values() for r, _ in parts))
+    return {name: tuple(parts) for name, parts in most.items()}, tuple(sizes)
+
+
+def step_peak(s: Setup) -> Peak:
+    """The highest moment of a run's steps, from the second on (moments and gradients exist by then)."""
+    tape = Tape()
+    _standing(tape, s)
+    layers = len(s.spec.layers)
+    gradients = _gradient_bytes(s)
+    ends = {layers - 1, 0}
+    for block in sorted(ends, reverse=True):
+        # Gradients of the blocks after this one are there already; with more than one micro-batch all are, from the first on.
+        # Float32 gradients beside bfloat16 parameters are never given back (train/optimizer.py).
+        always = s.micro_batches > 1 or (s.full and s.itemsize != 4)
+        share = 1.0 if always else (layers - 1 - block) / layers
+        there = tape.take(0 if s.fused_optimizer else gradients * share, "gradients")
+        _play(tape, s, block)
+        tape.free(there)
+    tape.moment = "the optimizer's step"
+    tape.free(tape.take(0 if s.fused_optimizer else gradients, "gradients"))
+    items = {k: v for k, v in tape.at_top.items() if v}
+    return Peak(items, tape.when, MAPPED[s.device], _host(s))
+
+
+def _standing(tape: Tape, s: Setup) -> None:
+    """What is alive from the first step to the last."""
+    tape.take(PROCESS[s.device], "process")
+    resident, slots = weight_bytes(s)
+    tape.take(resident, "weights")
+    tape.take(slots, "slots")
+    tape.take(4 * sum(s.adapter_sizes), "adapters")
+    for size in trained_sizes(s):
+        eight = s.moment_bits == 8 and size >= SMALLEST8
+        tape.take(2 * size + 8 * -(-size // 256) if eight else 8 * size, "optimizer")
+        if s.full and s.itemsize != 4:
+            tape.take(4 * size, "masters")
+    spec, tokens = s.spec, s.tokens
+    tape.take(3 * 8 * tokens, "batch")
+    for rope in spec.ropes:
+        tape.take(2 * 4 * tokens * rope.dim // 2, "batch")
+    tape.take(workspace_bytes(s), "workspace")
+
+
+def weight_bytes(s: Setup) -> tuple[float, float]:
+    """(weights that stay on the device, slots that the others stream through), in bytes."""
+    blob, layers = blob_bytes(s), len(s.spec.layers)
+    rest = float(_rest_elements(s.spec) * s.itemsize)
+    if s.weights == "resident" or (s.weights == "host" and s.device == "cpu"):
+        return rest + blob * layers, 0.0
+    return rest, float(min(s.slots, layers) * blob)
+
+
+def blob_bytes(s: Setup) -> int:
+    """Bytes of the linear layers of one block; all blocks have the same shapes."""
+    return _blob_bytes(s.spec, s.quantize, s.itemsize)
+
+
+@functools.cache
+def _blob_bytes(spec: ModelSpec, quantize: str | None, itemsize: int) -> int:
+    return block_bytes(spec, 0, quantize=quantize, itemsize=itemsize)
+
+
+@functools.cache
+def _rest_elements(spec: ModelSpec) -> int:
+    """Embedding, head, norms, biases."""
+    return sum(entry.size for entry in layout(spec) if not entry.linear)
+
+
+@functools.cache
+def _parameter_sizes(spec: ModelSpec) -> tuple[int, ...]:
+    fused: dict[str, int] = {}
+    for entry in layout(spec):
+        fused[entry.parameter] = fused.get(entry.parameter, 0) + entry.size
+    return tuple(fused.values())
+
+
+def trained_sizes(s: Setup) -> tuple[int, ...]:
+    """Elements of every tensor that trains."""
+    return _parameter_sizes(s.spec) if s.full else s.adapter_sizes
+
+
+def _gradient_bytes(s: Setup) -> float:
+    return 4.0 * sum(trained_sizes(s))
+
+
+def workspace_bytes(s: Setup) -> float:
+    """The largest scratch that a kernel asks for: a thread keeps one, which grows to that (csrc/bindings.cpp)."""
+    spec, tokens = s.spec, s.tokens
+    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    padded = -(-tokens // 32) * 32
+    head = padded * (spec.hidden_size + 16) * (3 if s.full else 1)
+    attention = tokens * q
+    widths = (spec.hidden_size, q + 2 * kv, q, 2 * spec.intermediate_size, spec.intermediate_size)
+    packed = max(min(32e6 / 4, tokens * k) + s.threads * 0.75e6 / 4 for k in widths) if s.device == "cpu" else 0.0
+    return 4.0 * max(head + s.threads * 1e5, attention + s.threads * 2e5, packed)
+
+
+def _play(tape: Tape, s: Setup, block: int) -> None:
+    """Forward to the head, the head, and back to `block`, whose backward pass is played."""
+    spec, layers = s.spec, len(s.spec.layers)
+    h = s.tokens * spec.hidden_size * s.itemsize
+    tape.moment = f"the forward pass of block {block}"
+    if s.checkpointing:
+        inputs = tape.take(h * (block if not s.offload_inputs else min(block, 2)), "inputs")
+        mine = tape.take(h, "inputs")
+        tape.free(*_forward(tape, s)[0])
+    else:
+        inputs = tape.take(0, "inputs")
+        mine = tape.take(h, "activations")
+        others = tape.take(kept_bytes(s) * block, "activations")
+    if block == layers - 1:
+        kept = [] if s.checkpointing else _forward(tape, s)[0]
+        tape.moment = "the head"
+        _head(tape, s, h)
+        tape.free(*kept)
+    trained_embedding = tape.take(
+        spec.vocab_size * spec.hidden_size * s.itemsize if s.full and spec.tied else 0, "head"
+    )
+    dout = tape.take(h)
+    tape.moment = f"the backward pass of block {block}"
+    _backward(tape, s, _forward(tape, s)[1], h)
+    if block == 0 and s.full:
+        # The table's own gradient is dense; with a tied head the two are added when both are there.
+        tape.free(tape.take(spec.vocab_size * spec.hidden_size * s.itemsize * (2 if spec.tied else 1), "head"))
+    tape.free(dout, mine, inputs, trained_embedding)
+    if not s.checkpointing:
+        tape.free(others)
+
+
+def _head(tape: Tape, s: Setup, h: float) -> None:
+    spec, tokens = s.spec, s.tokens
+    hidden, wide = tape.take(h, "head"), 4 * tokens * spec.hidden_size
+    rows = tape.take(4 * 4 * tokens, "head")
+    if not s.full:
+        direction = tape.take(wide, "head")
+        scaled = tape.take(wide, "head")
+        rounded = tape.take(h, "head") if s.itemsize != 4 else tape.take(0, "head")
+        tape.free(scaled, direction)
+        tape.free(tape.take(h, "head"), rounded)
+    else:
+        dhidden = tape.take(h, "head")
+        dweight = tape.take(spec.vocab_size * spec.hidden_size * s.itemsize, "head")
+        tape.free(dhidden, dweight)
+    tape.free(hidden, rows)
+
+
+Held = tuple[str, float]
+
+
+@dataclasses.dataclass
+class _Kept:
+    """What a block's forward pass leaves for its backward pass."""
+
+    norms: Held
+    qkv: Held
+    attention: Held
+    middle: Held
+    gate_up: Held
+    inner: Held
+    low_rank: dict[str, Held]
+
+    def all(self) -> list[Held]:
+        return [
+            self.norms, self.qkv, self.attention, self.middle, self.gate_up, self.inner, *self.low_rank.values()
+        ]  # fmt: skip
+
+
+def _sizes(s: Setup) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of the linear layers of a block."""
+    spec = s.spec
+    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    return {
+        "qkv": (spec.hidden_size, q + 2 * kv), "o": (q, spec.hidden_size),
+        "gate_up": (spec.hidden_size, 2 * spec.intermediate_size), "down": (spec.intermediate_size, spec.hidden_size),
+    }  # fmt: skip
+
+
+def kept_bytes(s: Setup) -> float:
+    """Bytes that a block without checkpointing keeps, its input not counted (its output is the next one's)."""
+    quiet = Tape()
+    held, kept = _forward(quiet, s)
+    quiet.free(*held)
+    return sum(n for _, n in kept.all()) + s.tokens * s.spec.hidden_size * s.itemsize
+
+
+def _linear(tape: Tape, s: Setup, name: str) -> Held:
+    """The forward pass of a linear layer, its output not counted; returns what is kept for the low-rank update."""
+    inputs, outputs = _sizes(s)[name]
+    parts = s.ranks.get(name, ())
+    total = sum(r for r, _ in parts)
+    kept = tape.take(4.0 * total * (inputs + s.tokens) + (4.0 * s.tokens * outputs if s.dora and parts else 0))
+    if parts:
+        whole = len(parts) == 1 and parts[0][1] == outputs
+        tape.free(tape.take(0 if whole else 4.0 * total * outputs))
+        if s.dropout:
+            tape.free(tape.take(16.0 * s.tokens * inputs))
+        if s.dora:
+            tape.free(tape.take(4.0 * s.tokens * outputs))
+    return kept
+
+
+def _forward(tape: Tape, s: Setup) -> tuple[list[Held], _Kept]:
+    """A block's forward pass. The tensors that it leaves are not freed: they come back twice, as a list and by name."""
+    spec, tokens, e = s.spec, s.tokens, s.itemsize
+    h, q = tokens * spec.hidden_size * e, tokens * spec.heads * spec.head_dim * e
+    qkv, inner = tokens * _sizes(s)["qkv"][1] * e, tokens * spec.intermediate_size * e
+    low: dict[str, Held] = {}
+    norms = tape.take((h if spec.pre_norm else 0) + 4 * tokens)
+    projected = tape.take(qkv)
+    low["qkv"] = _linear(tape, s, "qkv")
+    if spec.qk_norm:
+        # The projection stays, for its norms and for v; q and k once more, rotated.
+        qk = qkv - tokens * spec.kv_heads * spec.head_dim * e
+        normed, turned = tape.take(qk), tape.take(qk)
+        tape.free(normed)
+        turned = (turned[0], turned[1] + projected[1])
+    else:
+        turned = tape.take(qkv)
+    attention = tape.take(q + 4 * tokens * spec.heads)
+    if not spec.qk_norm:
+        tape.free(projected)
+    a = tape.take(h)
+    low["o"] = _linear(tape, s, "o")
+    if spec.post_norm:
+        a = (a[0], a[1] + tape.take(h + 4 * tokens)[1])
+    middle = tape.take(2 * h + 4 * tokens if spec.pre_norm else h)
+    chunk = 1.0 if not s.mlp_chunk else min(1.0, s.mlp_chunk / tokens)
+    gate_up = tape.take(2 * inner * chunk)
+    low["gate_up"] = _linear(tape, s, "gate_up")
+    act = tape.take(inner * chunk)
+    low["down"] = _linear(tape, s, "down")
+    m = tape.take(h)
+    if spec.post_norm:
+        tape.free(tape.take(h))
+        norms = (norms[0], norms[1] + a[1] - h + m[1])  # both branches, before their norms
+        tape.free((a[0], h))
+    else:
+        tape.free(a, m)
+    kept = _Kept(norms, turned, attention, middle, gate_up, act, low)
+    return kept.all(), kept
+
+
+def _linear_backward(tape: Tape, s: Setup, name: str, kept: Held) -> None:
+    """The gradients of a linear layer's update or weight, as they come and go; that of its input is not counted."""
+    inputs, outputs = _sizes(s)[name]
+    parts = s.ranks.get(name, ())
+    total = sum(r for r, _ in parts)
+    held = tape.take(4.0 * s.tokens * total * 2 + 4.0 * total * inputs * 2)
+    if s.dora and parts:
+        tape.free(tape.take(12.0 * s.tokens * outputs))
+    if s.dropout and parts:
+        tape.free(tape.take(16.0 * s.tokens * inputs))
+    if s.full:
+        tape.free(tape.take(inputs * outputs * s.itemsize, "gradients"))
+    if s.quantize and name in ("qkv", "gate_up") and s.itemsize != 4 and not s.spec.fused_checkpoint:
+        tape.free(tape.take(4.0 * s.tokens * inputs))
+    tape.free(held, kept)
+
+
+def _backward(tape: Tape, s: Setup, kept: _Kept, h: float) -> None:
+    """A block's backward pass, after which nothing of it is left. The gradient of its output is the caller's."""
+    spec, tokens, e = s.spec, s.tokens, s.itemsize
+    inner = kept.inner[1]
+    d_inner = tape.take(inner)
+    _linear_backward(tape, s, "down", kept.low_rank["down"])
+    tape.free(kept.inner)
+    d_gate_up = tape.take(2 * inner)
+    tape.free(d_inner, kept.gate_up)
+    dy = tape.take(h)
+    _linear_backward(tape, s, "gate_up", kept.low_rank["gate_up"])
+    tape.free(d_gate_up)
+    dh = tape.take(h)
+    tape.free(dy, kept.middle)
+    d_attention = tape.take(tokens * spec.heads * spec.head_dim * e)
+    _linear_backward(tape, s, "o", kept.low_rank["o"])
+    d_qkv = tape.take(tokens * _sizes(s)["qkv"][1] * e)
+    tape.free(d_attention, kept.attention, kept.qkv)
+    d_turned = tape.take(d_qkv[1])
+    tape.free(d_qkv)
+    dx = tape.take(h)
+    _linear_backward(tape, s, "qkv", kept.low_rank["qkv"])
+    tape.free(d_turned)
+    again = tape.take(h)
+    tape.free(dx, kept.norms, dh, again)
+
+
+def _host(s: Setup) -> dict[str, float]:
+    """Host memory of a run on a GPU; {} on a CPU, where it is the device's."""
+    if s.device == "cpu":
+        return {}
+    held = {"process": HOST_PROCESS}
+    if s.weights == "host":
+        held["weights"] = float(blob_bytes(s) * len(s.spec.layers))
+    if s.weights == "disk":
+        held["slots"] = weight_bytes(s)[1]
+    if s.offload_inputs:
+        held["inputs"] = float(s.tokens * s.spec.hidden_size * s.itemsize * len(s.spec.layers))
+    return held

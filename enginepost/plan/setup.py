@@ -1,0 +1,87 @@
+"""A recipe and a config.json -> Setup: everything that decides the memory of a training step."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from enginepost.errors import EnginepostError
+from enginepost.model.architectures import architecture, names
+from enginepost.model.layout import read_config
+from enginepost.model.spec import ModelSpec
+from enginepost.plan.memory import Setup, adapter
+from enginepost.recipe import Recipe
+
+ITEMSIZE = {"bf16": 2, "fp32": 4}
+
+
+def config_of(model: str) -> dict[str, Any]:
+    """The config.json of a model directory, or of a public architecture by its name.
+
+    Raises: EnginepostError when `model` is neither.
+    """
+    path = Path(model)
+    if path.exists() or model.lower().rpartition("/")[2] not in names():
+        return read_config(path)
+    return architecture(model)
+
+
+def setup_of(
+    recipe: Recipe,
+    config: dict[str, Any],
+    *,
+    tokens: int | None = None,
+    sequences: int = 1,
+    device: str = "cpu",
+    threads: int = 1,
+) -> Setup:
+    """What a recipe's steps hold.
+
+    Args: config: the model's; tokens: of the largest micro-batch, default its most, batch_size x max_length; device: "cpu" or
+        "cuda".
+    Raises: ConfigError for an unsupported config, EnginepostError for an adapter that cannot be read, or a target
+        that matches nothing.
+    """
+    spec = ModelSpec.from_config(config)
+    keys: dict[str, Any] = {}
+    if recipe.adapter is not None:
+        said = _adapter_config(recipe.adapter)
+        targets = said.get("target_modules") or "all-linear"
+        keys["dora"], keys["dropout"] = bool(said.get("use_dora")), bool(said.get("lora_dropout"))
+        keys["ranks"], keys["adapter_sizes"] = adapter(
+            spec, targets, int(said.get("r", 8)), said.get("rank_pattern") or {}, keys["dora"]
+        )
+    elif recipe.lora is not None:
+        lora = recipe.lora
+        keys["dora"], keys["dropout"] = lora.dora, lora.dropout > 0
+        keys["ranks"], keys["adapter_sizes"] = adapter(spec, lora.targets, lora.r, lora.rank_pattern, lora.dora)
+    return Setup(
+        spec=spec,
+        tokens=tokens or recipe.batch_size * recipe.max_length,
+        sequences=sequences,
+        micro_batches=recipe.gradient_accumulation,
+        itemsize=ITEMSIZE[recipe.dtype],
+        full=recipe.lora is None,
+        checkpointing=recipe.checkpointing,
+        quantize=recipe.quantize or _stored_in_4_bits(config),
+        weights=recipe.weights,
+        device=device,
+        threads=threads,
+        **keys,
+    )
+
+
+def _stored_in_4_bits(config: dict[str, Any]) -> str | None:
+    said = config.get("quantization_config")
+    if not isinstance(said, dict):
+        return None
+    kind = str(said.get("bnb_4bit_quant_type") or "nf4")
+    return f"{kind}-double" if said.get("bnb_4bit_use_double_quant") else kind
+
+
+def _adapter_config(directory: str) -> dict[str, Any]:
+    path = Path(directory) / "adapter_config.json"
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EnginepostError(f"{path}: cannot read the adapter's config: {error}") from None
+    return dict(said)

@@ -1,0 +1,79 @@
+"""`memory` in a recipe, and what a run says that goes out of memory."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import enginepost
+from enginepost.errors import EnginepostError
+from enginepost.plan.report import settled
+from enginepost.recipe import RecipeError, load_recipe
+from enginepost.train import budget, loop
+
+Make = Callable[..., dict[str, Any]]
+BIG = {"model": "llama-3.2-1b", "data": "rows.jsonl", "max_length": 4096}
+
+
+@pytest.mark.parametrize(
+    ("memory", "wanted"),
+    [
+        ("40GB", {"checkpointing": False, "weights": "resident"}),
+        ("6GB", {"checkpointing": True, "weights": "resident"}),
+        ("2.3GB", {"checkpointing": True, "weights": "disk"}),
+    ],
+)
+def test_the_fastest_that_fits_is_chosen(memory: str, wanted: dict[str, Any]) -> None:
+    chosen, message = settled(load_recipe({**BIG, "memory": memory}))
+    assert {"checkpointing": chosen.checkpointing, "weights": chosen.weights} == wanted
+    assert f"weights={wanted['weights']}" in message and f"of {float(memory[:-2]):.2f} GB" in message
+
+
+def test_what_the_recipe_says_itself_stays() -> None:
+    chosen, _ = settled(load_recipe({**BIG, "memory": "40GB", "checkpointing": True, "weights": "disk"}))
+    assert chosen.checkpointing and chosen.weights == "disk"
+
+
+def test_a_budget_that_nothing_fits_is_refused_with_the_plan() -> None:
+    with pytest.raises(EnginepostError, match=r"(?s)the run needs .* GB, in .*does not fit in 0\.50 GB"):
+        settled(load_recipe({**BIG, "memory": "500MB"}))
+
+
+@pytest.mark.parametrize("wrong", ["plenty", True, -3, "12 parsecs", "0GB"])
+def test_a_memory_that_is_no_amount_is_refused(wrong: Any) -> None:
+    with pytest.raises(RecipeError, match="memory: expected auto, or an amount of memory such as 12GB"):
+        load_recipe({**BIG, "memory": wrong})
+
+
+def test_a_run_chooses_and_says_so_and_has_the_same_bits(recipe: Make, tmp_path: pathlib.Path, capsys: Any) -> None:
+    enginepost.train(recipe(output=str(tmp_path / "plain")))
+    capsys.readouterr()
+    enginepost.train(recipe(output=str(tmp_path / "chosen"), memory="30GB"))
+    assert "memory: checkpointing=false weights=resident: " in capsys.readouterr().out
+    adapters = [(tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("plain", "chosen")]
+    assert adapters[0] == adapters[1]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried")],
+)  # fmt: skip
+def test_out_of_memory_is_the_plan(recipe: Make, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(loop, "optimizer_step", fail)
+    with pytest.raises(
+        budget.OutOfMemory, match=r"(?s)^out of memory.* are free now\): the run needs .* GB, in the .*weights"
+    ):
+        enginepost.train(recipe())
+
+
+def test_other_errors_stay_what_they_are(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(loop, "optimizer_step", fail)
+    with pytest.raises(RuntimeError, match=r"^a bug$"):
+        enginepost.train(recipe())
