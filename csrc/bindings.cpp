@@ -22,6 +22,7 @@
 #include "enginepost/rope.h"
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 
 namespace {
 
@@ -57,6 +58,15 @@ void run(Call &&call) {
   if (status == EP_OK) return;
   if (status == EP_INVALID_ARGUMENT) throw py::value_error(message);
   throw std::runtime_error(message);
+}
+
+// Whether a call on this tensor runs the CUDA kernels.
+bool on_gpu(const Arg &a) {
+#if defined(EP_EMULATED)
+  return a.rank() > 0;
+#else
+  return a.rank() > 0 && a->device.device_type == kDLCUDA;
+#endif
 }
 
 using O = const py::object &;
@@ -209,7 +219,10 @@ PYBIND11_MODULE(_core, m) {
     Arg a(q), b(k), c(v), d(cu_seqlens), e(cu_seqlens_k), f(seqused_k), g(out), h(lse);
     int64_t bytes = 0;
     if (a.rank() == 3 && d.rank() == 1) bytes = ep_attention_forward_workspace_bytes(d->shape[0], a->shape[2]);
-    ep_attention_params p{causal, window, softcap, scale};
+    if (on_gpu(a) && a.rank() == 3 && b.rank() == 3) {
+      bytes = ep_attention_forward_gpu_workspace_bytes(a->shape[0], a->shape[1], a->shape[2], b->shape[0]);
+    }
+    ep_attention_params p{causal, window, softcap, scale, 0};
     const Workspace workspace(bytes, a);
     run([&] { return ep_attention_forward(a, b, c, d, e, f, g, h, p, workspace.data(), stream); });
   });
@@ -218,21 +231,29 @@ PYBIND11_MODULE(_core, m) {
     Arg a(q), b(k_cache), c(v_cache), d(cu_seqlens), e(block_table), f(seqused_k), g(out), h(lse);
     int64_t bytes = 0;
     if (a.rank() == 3 && f.rank() == 1) bytes = ep_attention_forward_workspace_bytes(f->shape[0], a->shape[2]);
-    ep_attention_params p{causal, window, softcap, scale};
+    if (on_gpu(a) && a.rank() == 3 && b.rank() == 4 && e.rank() == 2) {
+      bytes = ep_attention_forward_gpu_workspace_bytes(a->shape[0], a->shape[1], a->shape[2], e->shape[1] * b->shape[1]);
+    }
+    ep_attention_params p{causal, window, softcap, scale, 0};
     const Workspace workspace(bytes, a);
     run([&] { return ep_paged_attention(a, b, c, d, e, f, g, h, p, workspace.data(), stream); });
   });
-  m.def("attention_backward", [](O dout, O q, O k, O v, O out, O lse, O cu_seqlens, O cu_seqlens_k, O seqused_k, O dq, O dk, O dv,
-                                 bool causal, int64_t window, double softcap, double scale) {
-    Arg a(dout), b(q), c(k), d(v), e(out), f(lse), g(cu_seqlens), h(cu_seqlens_k), i(seqused_k), j(dq), l(dk), n(dv);
-    int64_t bytes = 0;
-    if (b.rank() == 3 && c.rank() == 3 && g.rank() == 1) {
-      bytes = ep_attention_backward_workspace_bytes(g->shape[0], b->shape[0], b->shape[1], c->shape[1], b->shape[2]);
-    }
-    ep_attention_params p{causal, window, softcap, scale};
-    const Workspace workspace(bytes, a);
-    run([&] { return ep_attention_backward(a, b, c, d, e, f, g, h, i, j, l, n, p, workspace.data(), stream); });
-  });
+  m.def(
+      "attention_backward",
+      [](O dout, O q, O k, O v, O out, O lse, O cu_seqlens, O cu_seqlens_k, O seqused_k, O dq, O dk, O dv, bool causal,
+         int64_t window, double softcap, double scale, bool unordered) {
+        Arg a(dout), b(q), c(k), d(v), e(out), f(lse), g(cu_seqlens), h(cu_seqlens_k), i(seqused_k), j(dq), l(dk), n(dv);
+        int64_t bytes = 0;
+        if (b.rank() == 3 && c.rank() == 3 && g.rank() == 1) {
+          bytes = (on_gpu(b) ? ep_attention_backward_gpu_workspace_bytes : ep_attention_backward_workspace_bytes)(
+              g->shape[0], b->shape[0], b->shape[1], c->shape[1], b->shape[2]);
+        }
+        ep_attention_params p{causal, window, softcap, scale, unordered};
+        const Workspace workspace(bytes, a);
+        run([&] { return ep_attention_backward(a, b, c, d, e, f, g, h, i, j, l, n, p, workspace.data(), stream); });
+      },
+      "dout"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "cu_seqlens"_a, "cu_seqlens_k"_a, "seqused_k"_a, "dq"_a, "dk"_a, "dv"_a,
+      "causal"_a, "window"_a, "softcap"_a, "scale"_a, "unordered"_a = false);
 
   m.def("merge_weighted_sum", [](const py::list &x, const py::list &factors, O out) {
     Args a(x);

@@ -201,6 +201,9 @@ def merge(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")
     ] = False,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Take 4-bit inputs as the numbers that their codes stand for.")
+    ] = False,
 ) -> None:
     """Merge models as a mergekit recipe says; run it again after an interruption and it goes on where it was."""
     from enginepost.merge.executor import Bar
@@ -215,6 +218,7 @@ def merge(
             memory=memory * 1e6,
             shard_bytes=shard * 1e9,
             dry_run=dry_run,
+            dequantize=dequantize,
             progress=bar,
         )
     for report in reports:
@@ -247,6 +251,22 @@ def merge_evolve(
         typer.echo(f"{done}/{of}  fitness {fitness:.5g}  best {best:.5g}")
 
     report = evolve(search, out, budget=budget, seed=seed, threads=threads, memory=memory * 1e6, progress=tell)
+    typer.echo(report.text())
+
+
+@app.command("merge-moe", epilog=_example("enginepost merge-moe examples/recipes/merge_moe.yaml models/mixture"))
+def merge_moe(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE.YAML", help="A mergekit-moe recipe.")],
+    out: Annotated[str, typer.Argument(help="The directory to write; new or empty.")],
+    seed: Annotated[int, typer.Option(help="Of random gates and noise.")] = 0,
+    shard: Annotated[float, typer.Option(min=0.001, help="Most GB in a weights file.")] = 5,
+) -> None:
+    """Make a mixture of experts (Mixtral, Qwen MoE) from dense models of one architecture."""
+    from enginepost.merge import assemble
+
+    report = assemble(recipe, out, seed=seed, shard_bytes=shard * 1e9)
+    for note in report.notes:
+        typer.secho(f"note: {note}", fg="yellow")
     typer.echo(report.text())
 
 

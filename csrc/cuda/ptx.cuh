@@ -85,6 +85,13 @@ __device__ __forceinline__ float tanh(float x) {
   return y;
 }
 
+// The same number, of which the compiler knows nothing: what is worked out from it stays where it is used, and holds no registers
+// through a loop.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- shared memory and warp products ----------------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t shared_address(const void *pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }

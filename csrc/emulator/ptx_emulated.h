@@ -55,6 +55,8 @@ inline float reciprocal(float x) { return 1.f / x; }
 inline float reciprocal_sqrt(float x) { return 1.f / std::sqrt(x); }
 inline float tanh(float x) { return std::tanh(x); }
 
+inline int opaque(int x) { return x; }
+
 // ---- shared memory and warp products ----------------------------------------------------------------------------------------
 
 inline uint32_t shared_address(const void *pointer) { return emulator::shared_address(pointer); }

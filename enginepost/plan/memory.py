@@ -46,12 +46,14 @@ HOST_PROCESS = 1.2e9  # host memory of a process that has a GPU
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """Everything that decides the memory of a step. tokens: of the largest micro-batch; ranks: {linear layer of a block: [(rank,
-    outputs, elements of A and B and magnitude)]} of the block with the most, adapter_sizes: elements of every adapter tensor."""
+    """Everything that decides the memory of a step.
+
+    tokens: of the largest micro-batch; ranks: {linear layer: (rank, outputs) of each of its updates} of the block with the most;
+    adapter_sizes: elements of every adapter tensor; in_backward: weights move within the backward pass, and gradients come and go.
+    """
 
     spec: ModelSpec
     tokens: int
-    sequences: int = 1
     micro_batches: int = 1
     itemsize: int = 2
     full: bool = False
@@ -59,14 +61,12 @@ class Setup:
     adapter_sizes: tuple[int, ...] = ()
     dora: bool = False
     dropout: bool = False
-    checkpointing: bool = True
+    checkpointing: bool | str = True  # "host": block inputs in host memory; "bf16": rounded to two bytes
     quantize: str | None = None
     weights: str = "resident"
     slots: int = 2
     moment_bits: int = 32
-    fused_optimizer: bool = False
-    mlp_chunk: int | None = None
-    offload_inputs: bool = False
+    in_backward: bool = False
     device: str = "cpu"
     threads: int = 1
 
@@ -137,11 +137,11 @@ def step_peak(s: Setup) -> Peak:
         # Float32 gradients beside bfloat16 parameters are never given back (train/optimizer.py).
         always = s.micro_batches > 1 or (s.full and s.itemsize != 4)
         share = 1.0 if always else (layers - 1 - block) / layers
-        there = tape.take(0 if s.fused_optimizer else gradients * share, "gradients")
+        there = tape.take(0 if s.in_backward else gradients * share, "gradients")
         _play(tape, s, block)
         tape.free(there)
     tape.moment = "the optimizer's step"
-    tape.free(tape.take(0 if s.fused_optimizer else gradients, "gradients"))
+    tape.free(tape.take(0 if s.in_backward else gradients, "gradients"))
     items = {k: v for k, v in tape.at_top.items() if v}
     return Peak(items, tape.when, MAPPED[s.device], _host(s))
 
@@ -225,7 +225,9 @@ def _play(tape: Tape, s: Setup, block: int) -> None:
     h = s.tokens * spec.hidden_size * s.itemsize
     tape.moment = f"the forward pass of block {block}"
     if s.checkpointing:
-        inputs = tape.take(h * (block if not s.offload_inputs else min(block, 2)), "inputs")
+        each = s.tokens * spec.hidden_size * (2 if s.checkpointing == "bf16" else s.itemsize)
+        away = s.checkpointing == "host" and s.device != "cpu"
+        inputs = tape.take(each * (min(block, 2) if away else block), "inputs")
         mine = tape.take(h, "inputs")
         tape.free(*_forward(tape, s)[0])
     else:
@@ -348,10 +350,9 @@ def _forward(tape: Tape, s: Setup) -> tuple[list[Held], _Kept]:
     if spec.post_norm:
         a = (a[0], a[1] + tape.take(h + 4 * tokens)[1])
     middle = tape.take(2 * h + 4 * tokens if spec.pre_norm else h)
-    chunk = 1.0 if not s.mlp_chunk else min(1.0, s.mlp_chunk / tokens)
-    gate_up = tape.take(2 * inner * chunk)
+    gate_up = tape.take(2 * inner)
     low["gate_up"] = _linear(tape, s, "gate_up")
-    act = tape.take(inner * chunk)
+    act = tape.take(inner)
     low["down"] = _linear(tape, s, "down")
     m = tape.take(h)
     if spec.post_norm:
@@ -417,6 +418,6 @@ def _host(s: Setup) -> dict[str, float]:
         held["weights"] = float(blob_bytes(s) * len(s.spec.layers))
     if s.weights == "disk":
         held["slots"] = weight_bytes(s)[1]
-    if s.offload_inputs:
+    if s.checkpointing == "host":
         held["inputs"] = float(s.tokens * s.spec.hidden_size * s.itemsize * len(s.spec.layers))
     return held

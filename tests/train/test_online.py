@@ -434,9 +434,8 @@ def test_a_step_of_which_all_was_cut_off_learns_nothing(recipe: MakeRecipe) -> N
 
 
 def reward_model(directory: pathlib.Path, source: str, labels: int = 1, vocab_size: int | None = None) -> pathlib.Path:
-    from enginepost.model.scorer import new_head, save_scorer
-
     from enginepost.model import create_model
+    from enginepost.model.scorer import new_head, save_scorer
 
     config = {**load_model(source, dtype=torch.float32).config, "hidden_size": 48}
     config["vocab_size"] = vocab_size or config["vocab_size"]
@@ -450,9 +449,8 @@ def reward_model(directory: pathlib.Path, source: str, labels: int = 1, vocab_si
 
 def test_a_reward_model_is_a_reward(recipe: MakeRecipe, tmp_path: pathlib.Path) -> None:
     """Its scores are those that it gives prompt and completion by itself; with a weight, beside a function."""
-    from enginepost.model.scorer import load_scorer
-
     from enginepost.data import Tokenizer
+    from enginepost.model.scorer import load_scorer
 
     settings = recipe("rloo", max_steps=1, beta=0.0)
     path = reward_model(tmp_path / "judge", settings["model"])
