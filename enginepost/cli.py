@@ -494,8 +494,9 @@ def preview(
     overlong: Annotated[str | None, typer.Option(help="error, drop or truncate.")] = None,
 ) -> None:
     """Show what a run would train on: rows with the trained tokens coloured, counts, lengths, truncations."""
-    from enginepost.data.preview import show
+    from enginepost.data.preview import show, show_prompts
     from enginepost.recipe import load_recipe
+    from enginepost.recipe_online import OnlineRecipe
 
     options = {
         "model": model,
@@ -515,6 +516,12 @@ def preview(
         )
     else:
         recipe = load_recipe({"data": paths, **given})
+    if isinstance(recipe, OnlineRecipe):
+        room = recipe.max_length - recipe.max_completion_length
+        show_prompts(
+            recipe.data, recipe.model, template=recipe.template, max_tokens=room, overlong=recipe.overlong, rows=rows
+        )
+        return
     show(
         recipe.data,
         recipe.model,
