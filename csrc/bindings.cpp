@@ -22,6 +22,7 @@
 #include "enginepost/rope.h"
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 
 namespace {
 
@@ -57,6 +58,15 @@ void run(Call &&call) {
   if (status == EP_OK) return;
   if (status == EP_INVALID_ARGUMENT) throw py::value_error(message);
   throw std::runtime_error(message);
+}
+
+// Whether a call on this tensor runs the CUDA kernels.
+bool on_gpu(const Arg &a) {
+#if defined(EP_EMULATED)
+  return a.rank() > 0;
+#else
+  return a.rank() > 0 && a->device.device_type == kDLCUDA;
+#endif
 }
 
 using O = const py::object &;
@@ -209,7 +219,10 @@ PYBIND11_MODULE(_core, m) {
     Arg a(q), b(k), c(v), d(cu_seqlens), e(cu_seqlens_k), f(seqused_k), g(out), h(lse);
     int64_t bytes = 0;
     if (a.rank() == 3 && d.rank() == 1) bytes = ep_attention_forward_workspace_bytes(d->shape[0], a->shape[2]);
-    ep_attention_params p{causal, window, softcap, scale};
+    if (on_gpu(a) && a.rank() == 3 && b.rank() == 3) {
+      bytes = ep_attention_forward_gpu_workspace_bytes(a->shape[0], a->shape[1], a->shape[2], b->shape[0]);
+    }
+    ep_attention_params p{causal, window, softcap, scale, 0};
     const Workspace workspace(bytes, a);
     run([&] { return ep_attention_forward(a, b, c, d, e, f, g, h, p, workspace.data(), stream); });
   });
@@ -218,21 +231,29 @@ PYBIND11_MODULE(_core, m) {
     Arg a(q), b(k_cache), c(v_cache), d(cu_seqlens), e(block_table), f(seqused_k), g(out), h(lse);
     int64_t bytes = 0;
     if (a.rank() == 3 && f.rank() == 1) bytes = ep_attention_forward_workspace_bytes(f->shape[0], a->shape[2]);
-    ep_attention_params p{causal, window, softcap, scale};
+    if (on_gpu(a) && a.rank() == 3 && b.rank() == 4 && e.rank() == 2) {
+      bytes = ep_attention_forward_gpu_workspace_bytes(a->shape[0], a->shape[1], a->shape[2], e->shape[1] * b->shape[1]);
+    }
+    ep_attention_params p{causal, window, softcap, scale, 0};
     const Workspace workspace(bytes, a);
     run([&] { return ep_paged_attention(a, b, c, d, e, f, g, h, p, workspace.data(), stream); });
   });
-  m.def("attention_backward", [](O dout, O q, O k, O v, O out, O lse, O cu_seqlens, O cu_seqlens_k, O seqused_k, O dq, O dk, O dv,
-                                 bool causal, int64_t window, double softcap, double scale) {
-    Arg a(dout), b(q), c(k), d(v), e(out), f(lse), g(cu_seqlens), h(cu_seqlens_k), i(seqused_k), j(dq), l(dk), n(dv);
-    int64_t bytes = 0;
-    if (b.rank() == 3 && c.rank() == 3 && g.rank() == 1) {
-      bytes = ep_attention_backward_workspace_bytes(g->shape[0], b->shape[0], b->shape[1], c->shape[1], b->shape[2]);
-    }
-    ep_attention_params p{causal, window, softcap, scale};
-    const Workspace workspace(bytes, a);
-    run([&] { return ep_attention_backward(a, b, c, d, e, f, g, h, i, j, l, n, p, workspace.data(), stream); });
-  });
+  m.def(
+      "attention_backward",
+      [](O dout, O q, O k, O v, O out, O lse, O cu_seqlens, O cu_seqlens_k, O seqused_k, O dq, O dk, O dv, bool causal,
+         int64_t window, double softcap, double scale, bool unordered) {
+        Arg a(dout), b(q), c(k), d(v), e(out), f(lse), g(cu_seqlens), h(cu_seqlens_k), i(seqused_k), j(dq), l(dk), n(dv);
+        int64_t bytes = 0;
+        if (b.rank() == 3 && c.rank() == 3 && g.rank() == 1) {
+          bytes = (on_gpu(b) ? ep_attention_backward_gpu_workspace_bytes : ep_attention_backward_workspace_bytes)(
+              g->shape[0], b->shape[0], b->shape[1], c->shape[1], b->shape[2]);
+        }
+        ep_attention_params p{causal, window, softcap, scale, unordered};
+        const Workspace workspace(bytes, a);
+        run([&] { return ep_attention_backward(a, b, c, d, e, f, g, h, i, j, l, n, p, workspace.data(), stream); });
+      },
+      "dout"_a, "q"_a, "k"_a, "v"_a, "out"_a, "lse"_a, "cu_seqlens"_a, "cu_seqlens_k"_a, "seqused_k"_a, "dq"_a, "dk"_a, "dv"_a,
+      "causal"_a, "window"_a, "softcap"_a, "scale"_a, "unordered"_a = false);
 
   m.def("merge_weighted_sum", [](const py::list &x, const py::list &factors, O out) {
     Args a(x);
@@ -321,26 +342,21 @@ PYBIND11_MODULE(_core, m) {
 
   m.def("linear_logprob_forward", [](O hidden, O weight, O targets, O logprob, O lse, O entropy, O direction, double softcap) {
     Arg a(hidden), b(weight), c(targets), d(logprob), e(lse), f(entropy), g(direction);
-    int64_t bytes = 0;
-    if (a.rank() == 2) bytes = ep_linear_logprob_forward_workspace_bytes(a->shape[0], a->shape[1]);
+    const int64_t bytes = ep_linear_logprob_forward_workspace_bytes_for(a, b, g);
     const Workspace workspace(bytes, a);
     run([&] { return ep_linear_logprob_forward(a, b, c, d, e, f, g, softcap, workspace.data(), stream); });
   });
   m.def("linear_logprob_backward",
         [](O dlogprob, O dentropy, O hidden, O weight, O targets, O lse, O entropy, O dhidden, O dweight, double softcap) {
           Arg a(dlogprob), b(dentropy), c(hidden), d(weight), e(targets), f(lse), g(entropy), h(dhidden), i(dweight);
-          int64_t bytes = 0;
-          if (c.rank() == 2) bytes = ep_linear_logprob_backward_workspace_bytes(c->shape[0], c->shape[1]);
+          const int64_t bytes = ep_linear_logprob_backward_workspace_bytes_for(c, d, h, i);
           const Workspace workspace(bytes, c);
           run([&] { return ep_linear_logprob_backward(a, b, c, d, e, f, g, h, i, softcap, workspace.data(), stream); });
         });
 
   m.def("matmul", [](O a, O b, O a2, O b2, O c, bool accumulate) {
     Arg x(a), y(b), x2(a2), y2(b2), z(c);
-    int64_t bytes = 0;
-    if (y.rank() == 2 && z.rank() == 2) {
-      bytes = ep_matmul_workspace_bytes(z->shape[0], z->shape[1], y->shape[0] + (y2.rank() == 2 ? y2->shape[0] : 0));
-    }
+    const int64_t bytes = ep_matmul_workspace_bytes_for(x, y, x2, y2, z);
     const Workspace workspace(bytes, x);
     run([&] { return ep_matmul(x, y, x2, y2, z, accumulate, workspace.data(), stream); });
   });
@@ -359,10 +375,7 @@ PYBIND11_MODULE(_core, m) {
                          int64_t n, int64_t k, bool transposed, O a2, O b2, O c, bool accumulate) {
     Arg x(a), p(packed), s(absmax), t(nested_absmax), u(nested_code), x2(a2), y2(b2), z(c);
     ep_nf4_tensor w{p, s, t, u, offset, blocksize, type};
-    int64_t bytes = 0;
-    if (z.rank() == 2 && n >= 0 && k >= 0) {
-      bytes = ep_nf4_matmul_workspace_bytes(z->shape[0], n, k, transposed, y2.rank() == 2 ? y2->shape[0] : 0);
-    }
+    const int64_t bytes = ep_nf4_matmul_workspace_bytes_for(x, w, n, k, transposed, x2, y2, z);
     const Workspace workspace(bytes, x);
     run([&] { return ep_nf4_matmul(x, w, n, k, transposed, x2, y2, z, accumulate, workspace.data(), stream); });
   });

@@ -220,6 +220,9 @@ def merge(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")
     ] = False,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Take 4-bit inputs as the numbers that their codes stand for.")
+    ] = False,
 ) -> None:
     """Merge models as a mergekit recipe says; run it again after an interruption and it goes on where it was."""
     from enginepost.merge.executor import Bar
@@ -234,6 +237,7 @@ def merge(
             memory=memory * 1e6,
             shard_bytes=shard * 1e9,
             dry_run=dry_run,
+            dequantize=dequantize,
             progress=bar,
         )
     for report in reports:
@@ -266,6 +270,22 @@ def merge_evolve(
         typer.echo(f"{done}/{of}  fitness {fitness:.5g}  best {best:.5g}")
 
     report = evolve(search, out, budget=budget, seed=seed, threads=threads, memory=memory * 1e6, progress=tell)
+    typer.echo(report.text())
+
+
+@app.command("merge-moe", epilog=_example("enginepost merge-moe examples/recipes/merge_moe.yaml models/mixture"))
+def merge_moe(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE.YAML", help="A mergekit-moe recipe.")],
+    out: Annotated[str, typer.Argument(help="The directory to write; new or empty.")],
+    seed: Annotated[int, typer.Option(help="Of random gates and noise.")] = 0,
+    shard: Annotated[float, typer.Option(min=0.001, help="Most GB in a weights file.")] = 5,
+) -> None:
+    """Make a mixture of experts (Mixtral, Qwen MoE) from dense models of one architecture."""
+    from enginepost.merge import assemble
+
+    report = assemble(recipe, out, seed=seed, shard_bytes=shard * 1e9)
+    for note in report.notes:
+        typer.secho(f"note: {note}", fg="yellow")
     typer.echo(report.text())
 
 
@@ -493,8 +513,9 @@ def preview(
     overlong: Annotated[str | None, typer.Option(help="error, drop or truncate.")] = None,
 ) -> None:
     """Show what a run would train on: rows with the trained tokens coloured, counts, lengths, truncations."""
-    from enginepost.data.preview import show
+    from enginepost.data.preview import show, show_prompts
     from enginepost.recipe import load_recipe
+    from enginepost.recipe_online import OnlineRecipe
 
     options = {
         "model": model,
@@ -514,6 +535,12 @@ def preview(
         )
     else:
         recipe = load_recipe({"data": paths, **given})
+    if isinstance(recipe, OnlineRecipe):
+        room = recipe.max_length - recipe.max_completion_length
+        show_prompts(
+            recipe.data, recipe.model, template=recipe.template, max_tokens=room, overlong=recipe.overlong, rows=rows
+        )
+        return
     show(
         recipe.data,
         recipe.model,

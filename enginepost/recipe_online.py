@@ -88,6 +88,15 @@ class OnlineRecipe(Recipe):
     epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.2
     entropy_coef: NotNegative = 0.0
 
+    @model_validator(mode="after")
+    def _enough(self) -> "OnlineRecipe":
+        drawn = self.rollout_prompts * self.num_generations
+        if self.num_mini_batches > drawn:
+            raise ValueError(
+                f"num_mini_batches: {self.num_mini_batches} steps cannot share the {drawn} completions of a roll-out"
+            )
+        return self
+
 
 class GrpoRecipe(OnlineRecipe):
     """GRPO and its kin. What `loss` names has the settings of its paper, unless a key says otherwise."""
@@ -162,7 +171,7 @@ class GkdRecipe(OnlineRecipe):
 
     UNUSED: ClassVar[frozenset[str]] = OnlineRecipe.UNUSED | {
         "rewards", "missing_eos_penalty", "mask_truncated_completions", "overlong_buffer", "kl_estimator", "epsilon",
-        "entropy_coef",
+        "entropy_coef", "validation",
     }  # fmt: skip
     OWN_LEARNING_RATES: ClassVar[tuple[float, float]] = (2e-4, 1e-5)
 

@@ -190,3 +190,14 @@ def test_init_writes_a_model_that_other_verbs_read(
     assert said.returncode == 0, said.stderr
     assert "give either --like NAME or --config FILE" in call("init", "out").stderr
     assert "did you mean" in call("init", "--like", "llama-3.1-80b", "out").stderr
+
+
+def test_plan_tells_before_anything_is_there(call: Call, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("model: llama-3.1-8b\ndata: rows.jsonl\nquantize: nf4\n")
+    done = call("plan", "recipe.yaml", "lora.r=32", "--gpu", "24GB")
+    assert done.returncode == 0, done.stderr
+    for part in ("weights that stay", "optimizer moments", "peak", "fits in 24.00 GB", "one sequence of up to"):
+        assert part in done.stdout
+    assert "does not fit in 8.00 GB" in call("plan", "recipe.yaml", "batch_size=4", "--gpu", "8GB").stdout
+    wrong = call("plan", "recipe.yaml", "--gpu", "voodoo2")
+    assert wrong.returncode == 1 and "neither an amount of memory such as 12GB nor a known card" in wrong.stderr

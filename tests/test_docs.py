@@ -28,6 +28,14 @@ def test_every_key_of_the_online_methods_is_documented():
         ]
 
 
+def test_every_key_of_the_offline_methods_is_documented():
+    page = (ROOT / "docs" / "preference.md").read_text()
+    for method in ("dpo", "kto", "orpo", "simpo", "cpo", "reward", "prm", "distill"):
+        own = recipe_class(method).model_fields.keys() - Recipe.model_fields.keys()
+        assert not [key for key in own if f"`{key}`" not in page]
+        assert (ROOT / "examples" / "recipes" / f"{method}.yaml").exists()
+
+
 TRAINING = [p for p in sorted((ROOT / "examples" / "recipes").glob("*.yaml")) if not p.name.startswith("merge_")]
 
 

@@ -2,7 +2,14 @@
 #include "enginepost/attention.h"
 
 #include "attention.h"
+#include "dispatch.h"
 #include "parallel.h"
+#ifdef EP_API
+#include "../cuda/attention.h"
+#endif
+
+EP_CUDA_KERNEL(attention_forward, AttentionForward)
+EP_CUDA_KERNEL(attention_backward, AttentionBackward)
 
 #ifdef EP_API
 
@@ -39,8 +46,12 @@ static int check_lse(const char *fn, const Tensor &lse, const Tensor &starts, co
   return check_apart(fn, "lse", lse, "seqused_k", used);
 }
 
+// What a GPU tensor holds cannot be checked without waiting for it: the kernels then trust it. The emulator's tensors can.
+static bool readable(const Tensor &t) { return t.device.device_type == kDLCPU; }
+
 static int check_starts(const char *fn, const char *name, const Tensor &t, int64_t tokens, const char *of) {
   EP_REQUIRE(t.contiguous && t.shape[0] >= 1, "%s: %s must be contiguous and hold at least one element", fn, name);
+  if (!readable(t)) return EP_OK;
   const int32_t *p = reinterpret_cast<const int32_t *>(t.data);
   EP_REQUIRE(p[0] == 0, "%s: %s must begin with 0, got %d", fn, name, p[0]);
   for (int64_t b = 1; b < t.shape[0]; b++) {
@@ -89,13 +100,14 @@ struct Inputs {
 static int check_inputs(const char *fn, Inputs &in, const DLTensor *q, const DLTensor *k, const DLTensor *v,
                         const DLTensor *cu_seqlens, const DLTensor *cu_seqlens_k, const DLTensor *seqused_k, const DLTensor *out,
                         const DLTensor *lse, const ep_attention_params &params) {
-  if (!view(in.q, q, fn, "q", 3, FLOATS) || !view(in.k, k, fn, "k", 3, FLOATS) || !view(in.v, v, fn, "v", 3, FLOATS) ||
-      !view(in.out, out, fn, "out", 3, FLOATS) || !view(in.lse, lse, fn, "lse", 2, F32)) {
+  if (!view(in.q, q, fn, "q", 3, FLOATS | GPU) || !view(in.k, k, fn, "k", 3, FLOATS | GPU) ||
+      !view(in.v, v, fn, "v", 3, FLOATS | GPU) || !view(in.out, out, fn, "out", 3, FLOATS | GPU) ||
+      !view(in.lse, lse, fn, "lse", 2, F32 | GPU)) {
     return EP_INVALID_ARGUMENT;
   }
-  EP_VIEW(starts, cu_seqlens, 1, I32);
-  EP_VIEW_OPTIONAL(starts_k, cu_seqlens_k, 1, I32);
-  EP_VIEW_OPTIONAL(used, seqused_k, 1, I32);
+  EP_VIEW(starts, cu_seqlens, 1, I32 | GPU);
+  EP_VIEW_OPTIONAL(starts_k, cu_seqlens_k, 1, I32 | GPU);
+  EP_VIEW_OPTIONAL(used, seqused_k, 1, I32 | GPU);
   const int64_t tokens = in.q.shape[0], heads = in.q.shape[1], head_dim = in.q.shape[2], kv_heads = in.k.shape[1];
   if (int status = check_heads(fn, in.q, in.out, in.lse, "k", in.k, kv_heads, in.k.shape[2])) return status;
   if (int status = check_like(fn, "v", in.v, "k", in.k)) return status;
@@ -114,7 +126,7 @@ static int check_inputs(const char *fn, Inputs &in, const DLTensor *q, const DLT
                "%s: seqused_k must be contiguous with %lld elements, got %lld", fn, (long long)(starts.shape[0] - 1),
                (long long)used.shape[0]);
     const int32_t *u = reinterpret_cast<const int32_t *>(used.data);
-    for (int64_t b = 0; b < used.shape[0]; b++) {
+    for (int64_t b = 0; readable(used) && b < used.shape[0]; b++) {
       EP_REQUIRE(u[b] >= 0 && u[b] <= cu_k[b + 1] - cu_k[b], "%s: seqused_k[%lld] = %d, but the sequence has %d keys", fn,
                  (long long)b, u[b], cu_k[b + 1] - cu_k[b]);
     }
@@ -133,7 +145,10 @@ static int check_inputs(const char *fn, Inputs &in, const DLTensor *q, const DLT
               float(params.softcap),
               float(params.scale),
               params.causal != 0,
-              in.q.dtype == BF16};
+              in.q.dtype,
+              in.k.shape[0]};
+  if (!starts_k && on_gpu(in.q.device))
+    in.shape.cu_k = nullptr;  // a GPU tells training, where keys are the queries' own, from a cache
   return EP_OK;
 }
 
@@ -167,28 +182,49 @@ extern "C" int64_t ep_attention_backward_workspace_bytes(int64_t sequences, int6
   return carve_backward(unused, nullptr, sequences, tokens, heads, kv_heads, head_dim);
 }
 
-static int check_workspace(const char *fn, const void *workspace) {
-  EP_REQUIRE(workspace != nullptr && reinterpret_cast<uintptr_t>(workspace) % 64 == 0, "%s: workspace must be 64-byte aligned", fn);
+// Of a GPU: torch, CUDA and every allocator give more than 16.
+static int check_workspace(const char *fn, const void *workspace, bool gpu) {
+  if (gpu) {
+    EP_REQUIRE(reinterpret_cast<uintptr_t>(workspace) % 16 == 0, "%s: workspace must be 16-byte aligned", fn);
+  } else {
+    EP_REQUIRE(workspace != nullptr && reinterpret_cast<uintptr_t>(workspace) % 64 == 0, "%s: workspace must be 64-byte aligned",
+               fn);
+  }
   return EP_OK;
+}
+
+extern "C" int64_t ep_attention_forward_gpu_workspace_bytes(int64_t tokens, int64_t heads, int64_t head_dim, int64_t keys) {
+  cuda::ForwardLaunch x;
+  x.shape.tokens = int32_t(tokens), x.shape.heads = int32_t(heads), x.shape.head_dim = int32_t(head_dim), x.shape.keys = keys;
+  return cuda::carve(x, nullptr);
+}
+
+extern "C" int64_t ep_attention_backward_gpu_workspace_bytes(int64_t sequences, int64_t tokens, int64_t heads, int64_t kv_heads,
+                                                             int64_t head_dim) {
+  cuda::BackwardLaunch x;
+  x.shape.sequences = int32_t(sequences), x.shape.tokens = int32_t(tokens), x.shape.heads = int32_t(heads);
+  x.shape.kv_heads = int32_t(kv_heads > 0 && heads >= kv_heads ? kv_heads : 1), x.shape.head_dim = int32_t(head_dim);
+  x.shape.group = x.shape.heads / x.shape.kv_heads;
+  return cuda::carve(x, nullptr);
 }
 
 extern "C" int ep_attention_forward(const DLTensor *q, const DLTensor *k, const DLTensor *v, const DLTensor *cu_seqlens,
                                     const DLTensor *cu_seqlens_k, const DLTensor *seqused_k, const DLTensor *out,
-                                    const DLTensor *lse, ep_attention_params params, void *workspace, void *) {
+                                    const DLTensor *lse, ep_attention_params params, void *workspace, void *stream) {
   const char *fn = "attention_forward";
   Inputs in;
   if (int status = check_inputs(fn, in, q, k, v, cu_seqlens, cu_seqlens_k, seqused_k, out, lse, params)) return status;
   if (int status = check_output(fn, "out", in.out, in.starts, in.starts_k, in.used)) return status;
   if (int status = check_lse(fn, in.lse, in.starts, in.starts_k, in.used)) return status;
   if (in.out.size == 0) return EP_OK;
-  if (int status = check_workspace(fn, workspace)) return status;
+  if (int status = check_workspace(fn, workspace, on_gpu(in.q.device))) return status;
   AttentionForward a;
   a.shape = in.shape;
   a.q = rows_of(in.q), a.k = rows_of(in.k), a.v = rows_of(in.v), a.out = rows_of(in.out);
   a.lse = reinterpret_cast<float *>(in.lse.data);
-  carve_forward(a, static_cast<char *>(workspace), in.shape.sequences, in.shape.head_dim);
-  EP_RUN(attention_forward, a);
-  return EP_OK;
+  a.workspace = workspace;
+  if (!on_gpu(in.q.device)) carve_forward(a, static_cast<char *>(workspace), in.shape.sequences, in.shape.head_dim);
+  EP_DISPATCH(attention_forward, a, stream, fn, &in.q, &in.k, &in.v, &in.out, &in.lse, &in.starts, &in.starts_k, &in.used);
 }
 
 // Every page that a key of a sequence lies in must be one of the cache.
@@ -208,16 +244,16 @@ static int check_pages(const char *fn, const AttentionShape &s, int64_t pages) {
 
 extern "C" int ep_paged_attention(const DLTensor *q, const DLTensor *k_cache, const DLTensor *v_cache, const DLTensor *cu_seqlens,
                                   const DLTensor *block_table, const DLTensor *seqused_k, const DLTensor *out, const DLTensor *lse,
-                                  ep_attention_params params, void *workspace, void *) {
+                                  ep_attention_params params, void *workspace, void *stream) {
   const char *fn = "paged_attention";
-  EP_VIEW(qv, q, 3, FLOATS);
-  EP_VIEW(kv, k_cache, 4, FLOATS);
-  EP_VIEW(vv, v_cache, 4, FLOATS);
-  EP_VIEW(outv, out, 3, FLOATS);
-  EP_VIEW(lsev, lse, 2, F32);
-  EP_VIEW_OPTIONAL(starts, cu_seqlens, 1, I32);
-  EP_VIEW(table, block_table, 2, I32);
-  EP_VIEW(used, seqused_k, 1, I32);
+  EP_VIEW(qv, q, 3, FLOATS | GPU);
+  EP_VIEW(kv, k_cache, 4, FLOATS | GPU);
+  EP_VIEW(vv, v_cache, 4, FLOATS | GPU);
+  EP_VIEW(outv, out, 3, FLOATS | GPU);
+  EP_VIEW(lsev, lse, 2, F32 | GPU);
+  EP_VIEW_OPTIONAL(starts, cu_seqlens, 1, I32 | GPU);
+  EP_VIEW(table, block_table, 2, I32 | GPU);
+  EP_VIEW(used, seqused_k, 1, I32 | GPU);
   const int64_t tokens = qv.shape[0], sequences = used.shape[0], page_size = kv.shape[1];
   if (int status = check_heads(fn, qv, outv, lsev, "k_cache", kv, kv.shape[2], kv.shape[3])) return status;
   EP_REQUIRE(page_size >= 1, "%s: a page of k_cache must hold at least one key", fn);
@@ -251,35 +287,39 @@ extern "C" int ep_paged_attention(const DLTensor *q, const DLTensor *k_cache, co
              float(params.softcap),
              float(params.scale),
              params.causal != 0,
-             qv.dtype == BF16,
+             qv.dtype,
+             table.shape[1] * page_size,
              page_size,
              reinterpret_cast<const int32_t *>(table.data),
              table.stride[0],
              table.shape[1]};
   if (int status = check_output(fn, "out", outv, starts, table, used)) return status;
   if (int status = check_lse(fn, lsev, starts, table, used)) return status;
-  if (int status = check_pages(fn, a.shape, kv.shape[0])) return status;
+  if (readable(table) && readable(used)) {
+    if (int status = check_pages(fn, a.shape, kv.shape[0])) return status;
+  }
   if (outv.size == 0) return EP_OK;
-  if (int status = check_workspace(fn, workspace)) return status;
+  if (int status = check_workspace(fn, workspace, on_gpu(qv.device))) return status;
   a.q = rows_of(qv), a.out = rows_of(outv);
   a.k = {kv.data, kv.stride[1], kv.stride[2], kv.stride[0]};
   a.v = {vv.data, vv.stride[1], vv.stride[2], vv.stride[0]};
   a.lse = reinterpret_cast<float *>(lsev.data);
-  carve_forward(a, static_cast<char *>(workspace), sequences, qv.shape[2]);
-  EP_RUN(attention_forward, a);
-  return EP_OK;
+  a.workspace = workspace;
+  if (!on_gpu(qv.device)) carve_forward(a, static_cast<char *>(workspace), sequences, qv.shape[2]);
+  EP_DISPATCH(attention_forward, a, stream, fn, &qv, &kv, &vv, &outv, &lsev, &starts, &table, &used);
 }
 
 extern "C" int ep_attention_backward(const DLTensor *dout, const DLTensor *q, const DLTensor *k, const DLTensor *v,
                                      const DLTensor *out, const DLTensor *lse, const DLTensor *cu_seqlens,
                                      const DLTensor *cu_seqlens_k, const DLTensor *seqused_k, const DLTensor *dq,
-                                     const DLTensor *dk, const DLTensor *dv, ep_attention_params params, void *workspace, void *) {
+                                     const DLTensor *dk, const DLTensor *dv, ep_attention_params params, void *workspace,
+                                     void *stream) {
   const char *fn = "attention_backward";
   Inputs in;
-  EP_VIEW(doutv, dout, 3, FLOATS);
-  EP_VIEW(dqv, dq, 3, FLOATS);
-  EP_VIEW(dkv, dk, 3, FLOATS);
-  EP_VIEW(dvv, dv, 3, FLOATS);
+  EP_VIEW(doutv, dout, 3, FLOATS | GPU);
+  EP_VIEW(dqv, dq, 3, FLOATS | GPU);
+  EP_VIEW(dkv, dk, 3, FLOATS | GPU);
+  EP_VIEW(dvv, dv, 3, FLOATS | GPU);
   if (int status = check_inputs(fn, in, q, k, v, cu_seqlens, cu_seqlens_k, seqused_k, out, lse, params)) return status;
   if (int status = check_like(fn, "dout", doutv, "q", in.q)) return status;
   if (int status = check_like(fn, "dq", dqv, "q", in.q)) return status;
@@ -289,16 +329,20 @@ extern "C" int ep_attention_backward(const DLTensor *dout, const DLTensor *q, co
   if (int status = check_output(fn, "dk", dkv, in.starts, in.starts_k, in.used)) return status;
   if (int status = check_output(fn, "dv", dvv, in.starts, in.starts_k, in.used)) return status;
   if (in.q.size == 0 && in.k.size == 0) return EP_OK;
-  if (int status = check_workspace(fn, workspace)) return status;
+  if (int status = check_workspace(fn, workspace, on_gpu(in.q.device))) return status;
   AttentionBackward a;
   a.shape = in.shape;
   a.dout = rows_of(doutv), a.q = rows_of(in.q), a.k = rows_of(in.k), a.v = rows_of(in.v), a.out = rows_of(in.out);
   a.dq = rows_of(dqv), a.dk = rows_of(dkv), a.dv = rows_of(dvv);
   a.lse = reinterpret_cast<const float *>(in.lse.data);
-  carve_backward(a, static_cast<char *>(workspace), in.shape.sequences, in.shape.tokens, in.shape.heads, in.shape.kv_heads,
-                 in.shape.head_dim);
-  EP_RUN(attention_backward, a);
-  return EP_OK;
+  a.ordered = params.unordered == 0;
+  a.workspace = workspace;
+  if (!on_gpu(in.q.device)) {
+    carve_backward(a, static_cast<char *>(workspace), in.shape.sequences, in.shape.tokens, in.shape.heads, in.shape.kv_heads,
+                   in.shape.head_dim);
+  }
+  EP_DISPATCH(attention_backward, a, stream, fn, &in.q, &in.k, &in.v, &in.out, &in.lse, &in.starts, &in.starts_k, &in.used, &doutv,
+              &dqv, &dkv, &dvv);
 }
 
 #endif

@@ -20,7 +20,9 @@ struct AttentionShape {
   int64_t sequences, tokens, heads, kv_heads, head_dim;
   int64_t window;  // 0 = unlimited
   float softcap, scale;
-  bool causal, bf16;
+  bool causal;
+  unsigned dtype;                        // F32 or BF16; F16 too on a GPU
+  int64_t keys;                          // rows of k; with pages, the most that a row of block_table can hold
   int64_t page_size = 0;                 // keys of a page; 0 = no pages, keys are one stream
   const int32_t *block_table = nullptr;  // (S, max_blocks), rows table_row apart: which pages hold the keys of a sequence
   int64_t table_row = 0, max_blocks = 0;
@@ -32,6 +34,7 @@ struct AttentionForward {
   float *lse;           // (H, T)
   int64_t *first_task;  // (S + 1)
   float *scratch;
+  void *workspace;  // what a GPU takes instead of the two before
 };
 
 struct AttentionBackward {
@@ -43,6 +46,8 @@ struct AttentionBackward {
   int32_t *turn;        // per (sequence, key head, block of rows): key blocks whose part of dq is in
   float *dq_sum;        // (T, H, D), for sequences of more than one key block
   float *scratch;
+  void *workspace;  // what a GPU takes instead of the five before
+  bool ordered;     // dq is summed in one order; a CPU always does
 };
 
 // A block of rows is a multiple of every tile height (14, 6, 4).

@@ -256,8 +256,8 @@ void attention_backward(const AttentionBackward &a) {
     const KeyBlock block{seq, kv_head, index * BACKWARD_KEYS, least((index + 1) * BACKWARD_KEYS, seq.keys), index};
     const BackwardScratch w = carve(a.scratch + thread * size, s.head_dim);
     int32_t *turn = a.turn + a.first_turn[b] + kv_head * blocks_of(seq.queries * group, BACKWARD_ROWS);
-    if (index == 0) s.bf16 ? clear_unseen<bf16>(a, seq, kv_head, slot) : clear_unseen<float>(a, seq, kv_head, slot);
-    s.bf16 ? key_block<bf16>(a, w, block, turn) : key_block<float>(a, w, block, turn);
+    if (index == 0) s.dtype == BF16 ? clear_unseen<bf16>(a, seq, kv_head, slot) : clear_unseen<float>(a, seq, kv_head, slot);
+    s.dtype == BF16 ? key_block<bf16>(a, w, block, turn) : key_block<float>(a, w, block, turn);
   });
 }
 

@@ -230,7 +230,7 @@ void attention_forward(const AttentionForward &a) {
     w.row_max = w.scores + MAX_MR * SCORES;
     w.row_sum = w.row_max + FORWARD_ROWS;
     const int64_t r1 = least(r0 + FORWARD_ROWS, rows);
-    s.bf16 ? block<bf16>(a, w, seq, kv_head, r0, r1) : block<float>(a, w, seq, kv_head, r0, r1);
+    s.dtype == BF16 ? block<bf16>(a, w, seq, kv_head, r0, r1) : block<float>(a, w, seq, kv_head, r0, r1);
   });
 }
 

@@ -39,7 +39,7 @@ int check_apart(const char *fn, const char *result_name, const Tensor &result, c
 
 }  // namespace ep
 
-#ifdef EP_API
+#if defined(EP_API) || defined(EP_EMULATED) || defined(__CUDACC__)
 namespace ep {
 // Hands out parts of a workspace, each on a cache line of its own; with a null workspace it only counts.
 struct Carver {

@@ -85,6 +85,13 @@ __device__ __forceinline__ float tanh(float x) {
   return y;
 }
 
+// The same number, of which the compiler knows nothing: what is worked out from it stays where it is used, and holds no registers
+// through a loop.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- shared memory and warp products ----------------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t shared_address(const void *pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
@@ -174,8 +181,8 @@ __device__ __forceinline__ void red_add_x4(float *p, const float (&v)[4]) {
 constexpr int RED_WIDTH = 1;
 __device__ __forceinline__ void red_add_x4(float *, const float (&)[4]) {}
 #endif
-// A counter in global memory by which blocks wait for each other: what was written before add_release (with __threadfence, and by the
-// whole block with a barrier too) is seen after a load_acquire that sees the sum.
+// A counter in global memory by which blocks wait for each other: what was written before add_release (with __threadfence, and by
+// the whole block with a barrier too) is seen after a load_acquire that sees the sum.
 __device__ __forceinline__ int load_acquire(const int *p) {
   int v;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");

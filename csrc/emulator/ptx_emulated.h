@@ -55,6 +55,8 @@ inline float reciprocal(float x) { return 1.f / x; }
 inline float reciprocal_sqrt(float x) { return 1.f / std::sqrt(x); }
 inline float tanh(float x) { return std::tanh(x); }
 
+inline int opaque(int x) { return x; }
+
 // ---- shared memory and warp products ----------------------------------------------------------------------------------------
 
 inline uint32_t shared_address(const void *pointer) { return emulator::shared_address(pointer); }
@@ -168,7 +170,10 @@ constexpr int RED_WIDTH = 1;
 inline void red_add_x4(float *p, const float (&v)[4]) {
   for (int i = 0; i < 4; i++) p[i] += v[i];
 }
-inline int load_acquire(const int *p) { return *p; }
+inline int load_acquire(const int *p) {
+  emulator::wait_for_blocks();
+  return *p;
+}
 inline void add_release(int *p, int v) { *p += v; }
 
 // ---- barriers ---------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 
 from enginepost.checkpoint.adapter import Adapter, LoraWeights, parse_adapter, read_adapter, write_adapter
 from enginepost.checkpoint.atomic import write_bytes, write_json
-from enginepost.checkpoint.bnb import is_quantized, quantize, read_quantized, weight_names
+from enginepost.checkpoint.bnb import dequantize, is_quantized, quantize, read_quantized, weight_names
 from enginepost.checkpoint.format import CheckpointError
 from enginepost.checkpoint.fuse import FuseReport, fuse
 from enginepost.checkpoint.reader import Checkpoint
@@ -18,6 +18,7 @@ __all__ = [
     "LoraWeights",
     "Writer",
     "copy_side_files",
+    "dequantize",
     "fuse",
     "is_quantized",
     "parse_adapter",

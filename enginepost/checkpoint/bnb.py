@@ -216,6 +216,38 @@ def quantize(
     return QuantizeReport(len(base), len(chosen), sum(map(base.nbytes, base.names)), total, files)
 
 
+def dequantize(model_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], *, shard_bytes: float = 5e9) -> None:
+    """Write a 4-bit model as the numbers that its codes stand for, in the dtype that it was quantised from, one tensor at a time.
+
+    Args: model_dir: a `*-bnb-4bit` directory; out_dir: new or empty, it appears whole, at the end.
+    Raises: CheckpointError: a model that is not in 4 bits, a damaged tensor, a disk that is full.
+    """
+    from enginepost.kernels.nf4 import dequantize as dequantize_tensor
+
+    model_dir, out_dir = Path(model_dir), Path(out_dir).resolve()
+    check_output(out_dir, model_dir)
+    config = parse_json(model_config(model_dir), model_dir / "config.json", "the model configuration")
+    source = Checkpoint(model_dir)
+    names = weight_names(source)
+    if len(names) == len(source.names):
+        raise CheckpointError(
+            f"{model_dir}: holds no weights in the 4-bit layout of bitsandbytes; there is nothing to dequantise."
+        )
+    config.pop("quantization_config", None)
+    coded = {name: read_quantized(source, name) for name in names if is_quantized(source, name)}  # views of the map
+    declared = {
+        name: (coded[name].dtype, coded[name].shape) if name in coded else (source.dtype(name), source.shape(name))
+        for name in names
+    }
+    with appearing(out_dir) as partial:
+        with Writer(partial, declared, metadata={"format": "pt", **source.metadata}, shard_bytes=shard_bytes) as writer:
+            for name in names:
+                writer.write(name, dequantize_tensor(coded[name]) if name in coded else source.tensor(name))
+                source.drop(name)
+        copy_side_files(model_dir, partial)
+        write_json(partial / "config.json", config)
+
+
 def is_linear(checkpoint: Checkpoint, name: str) -> bool:
     """Whether a tensor is the weight of a linear layer inside the numbered blocks of a model: what transformers quantises.
 

@@ -13,6 +13,7 @@ import numpy as np
 from enginepost.data.dataset import Dataset, prepare
 from enginepost.data.files import Paths
 from enginepost.data.packing import Sequence, best_fit
+from enginepost.data.prompts import Prompts, load_prompts
 from enginepost.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -21,6 +22,30 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+
+def show_prompts(
+    paths: Paths, tokenizer_dir: "str | Path", *, template: str | None = None, max_tokens: int, overlong: str = "error",
+    rows: int = 3, console: "Console | None" = None,
+) -> Prompts:  # fmt: skip
+    """Print `rows` prompts as roll-outs see them, with the columns that rewards are given. Errors are those of `load_prompts`."""
+    from rich.console import Console
+    from rich.panel import Panel
+
+    console = console or Console()
+    tokenizer = Tokenizer.load(tokenizer_dir)
+    prompts = load_prompts(paths, tokenizer, template=template, max_tokens=max_tokens, overlong=overlong)
+    plain = console.color_system is None or console.no_color
+    for prompt in prompts.rows[:rows]:
+        ids = np.array(prompt.ids, dtype=np.int32)
+        sequence = Sequence(ids, np.zeros(len(ids), dtype=np.bool_), 0, prompt.place)
+        columns = ", ".join(prompt.columns) or "none"
+        title = f"{prompt.place} · {len(ids):,} tokens · columns: {columns}"
+        console.print(
+            Panel(coloured(sequence, tokenizer, brackets=plain), title=title, title_align="left", border_style="dim")
+        )
+    console.print(prompts.report, highlight=False)
+    return prompts
 
 
 def show(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from enginepost.kernels.arrays import make_callable, takes_arrays
-from enginepost.kernels.backend import core, native, plain, to_dlpack
+from enginepost.kernels.backend import GPU_HALVES, core, native, plain, to_dlpack
 
 
 def reference(
@@ -61,19 +61,24 @@ def reference(
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None = None,
     seqused_k: Tensor | None = None, *, causal: bool = True, window: int = 0, softcap: float = 0.0,
-    scale: float | None = None,
+    scale: float | None = None, deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Packed attention with grouped queries.
 
     Args:
-        q: `[T, H, D]`; k, v: `[Tk, Hk, D]`, H a multiple of Hk, D <= 256; float32 or bfloat16, any stride between heads and tokens.
+        q: `[T, H, D]`; k, v: `[Tk, Hk, D]`, H a multiple of Hk, D <= 256; float32 or bfloat16 (on a GPU bfloat16 or float16), any
+            stride between heads and tokens.
         cu_seqlens: int32 `[S+1]`, where each sequence's queries begin. cu_seqlens_k: the same for keys; default cu_seqlens.
         seqused_k: int32 `[S]`, keys used of each sequence (a cache slot longer than what it holds); default all.
         causal, window, softcap, scale: see the module's formulas; window 0 = unlimited, scale default 1/sqrt(D).
+        deterministic: False lets the backward pass on a GPU add up the gradient of q in whatever order its blocks come: a little
+            faster, and the last bits differ from run to run.
 
     Returns:
         (out `[T, H, D]` in q's dtype, lse `[H, T]` float32). A query that sees no key gives out 0 and lse -inf. Gradients flow
         through out alone, and are the same bits at any thread count.
+
+    On a GPU what cu_seqlens and seqused_k hold is not checked: reading it would mean waiting for the GPU.
 
     Raises: ValueError that names the argument at fault.
 
@@ -96,7 +101,7 @@ def attention(
     ('ndarray', (5, 4, 64))
     """
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if not native(q, k, v):
+    if not native(q, k, v, gpu=GPU_HALVES):
         out, lse = reference(
             q, k, v, cu_seqlens, cu_seqlens_k, seqused_k, causal=causal, window=window, softcap=softcap, scale=scale
         )
@@ -104,14 +109,14 @@ def attention(
     if plain(q, k, v):
         return _forward(q, k, v, cu_seqlens, cu_seqlens_k, seqused_k, causal, window, softcap, scale)
     return torch.ops.enginepost.attention(
-        q, k, v, cu_seqlens, cu_seqlens_k, seqused_k, causal, window, softcap, scale
+        q, k, v, cu_seqlens, cu_seqlens_k, seqused_k, causal, window, softcap, scale, deterministic
     )  # fmt: skip
 
 
 @takes_arrays
 def attention_qkv(
     qkv: Tensor, heads: int, kv_heads: int, cu_seqlens: Tensor, *, causal: bool = True, window: int = 0,
-    softcap: float = 0.0, scale: float | None = None,
+    softcap: float = 0.0, scale: float | None = None, deterministic: bool = True,
 ) -> Tensor:  # fmt: skip
     """Attention of a fused projection: its slices are read where they lie, and the backward pass writes one fused gradient.
 
@@ -128,13 +133,15 @@ def attention_qkv(
             f"got {list(qkv.shape)}"
         )
     scale = 1.0 / math.sqrt(qkv.shape[-1]) if scale is None else scale
-    if not native(qkv):
+    if not native(qkv, gpu=GPU_HALVES):
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
         return reference(q, k, v, cu_seqlens, causal=causal, window=window, softcap=softcap, scale=scale)[0]
     if plain(qkv):
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
         return _forward(q, k, v, cu_seqlens, None, None, causal, window, softcap, scale)[0]
-    return torch.ops.enginepost.attention_qkv(qkv, heads, kv_heads, cu_seqlens, causal, window, softcap, scale)[0]
+    return torch.ops.enginepost.attention_qkv(
+        qkv, heads, kv_heads, cu_seqlens, causal, window, softcap, scale, deterministic
+    )[0]
 
 
 def paged_reference(
@@ -160,8 +167,9 @@ def paged_attention(
     """Attention of running sequences over a paged cache: one query each, or the last few of each (a continuation).
 
     Args:
-        q: `[T, H, D]`; k_cache, v_cache: `[pages, page, Hk, D]`, H a multiple of Hk, D <= 256, any page size; float32 or bfloat16, D
-            contiguous, any other stride. The new tokens' keys and values are in the cache already.
+        q: `[T, H, D]`; k_cache, v_cache: `[pages, page, Hk, D]`, H a multiple of Hk, D <= 256, any page size; float32 or
+            bfloat16 (on a GPU bfloat16 or float16), D contiguous, any other stride. The new tokens' keys and values are in the
+            cache already.
         block_table: int32 `[S, max_blocks]`, the page that holds keys i * page to (i + 1) * page of each sequence; entries beyond
             seqused_k are not read. Sequences may share pages.
         seqused_k: int32 `[S]`, keys of each sequence.
@@ -184,7 +192,7 @@ def paged_attention(
     if not plain(q, k_cache, v_cache) and any(x.requires_grad for x in (q, k_cache, v_cache)):
         raise ValueError("paged_attention has no gradient: call it under torch.no_grad(), or use attention")
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if not native(q, k_cache, v_cache):
+    if not native(q, k_cache, v_cache, gpu=GPU_HALVES):
         return paged_reference(
             q,
             k_cache,
@@ -261,19 +269,19 @@ def _forward(
 def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
     cu_seqlens_k: Tensor | None, seqused_k: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor,
-    causal: bool, window: int, softcap: float, scale: float,
+    causal: bool, window: int, softcap: float, scale: float, deterministic: bool,
 ) -> None:  # fmt: skip
     core().attention_backward(
         to_dlpack(_rows(dout)), to_dlpack(_rows(q)), to_dlpack(_rows(k)), to_dlpack(_rows(v)), to_dlpack(out),
         to_dlpack(lse), to_dlpack(cu_seqlens), _optional(cu_seqlens_k), _optional(seqused_k), to_dlpack(dq),
-        to_dlpack(dk), to_dlpack(dv), causal, window, softcap, scale,
+        to_dlpack(dk), to_dlpack(dv), causal, window, softcap, scale, **({} if deterministic else {"unordered": True}),
     )  # fmt: skip
 
 
 @torch.library.custom_op("enginepost::attention", mutates_args=())
 def _attention_op(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None,
-    causal: bool, window: int, softcap: float, scale: float,
+    causal: bool, window: int, softcap: float, scale: float, deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _forward(q, k, v, cu_seqlens, cu_seqlens_k, seqused_k, causal, window, softcap, scale)
 
@@ -281,7 +289,7 @@ def _attention_op(
 @_attention_op.register_fake
 def _(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None,
-    causal: bool, window: int, softcap: float, scale: float,
+    causal: bool, window: int, softcap: float, scale: float, deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _empty_results(q)
 
@@ -290,10 +298,12 @@ def _(
 def _backward_op(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
     cu_seqlens_k: Tensor | None, seqused_k: Tensor | None, causal: bool, window: int, softcap: float, scale: float,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     _backward(
-        dout, q, k, v, out, lse, cu_seqlens, cu_seqlens_k, seqused_k, dq, dk, dv, causal, window, softcap, scale
+        dout, q, k, v, out, lse, cu_seqlens, cu_seqlens_k, seqused_k, dq, dk, dv, causal, window, softcap, scale,
+        deterministic,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -302,6 +312,7 @@ def _backward_op(
 def _(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
     cu_seqlens_k: Tensor | None, seqused_k: Tensor | None, causal: bool, window: int, softcap: float, scale: float,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     return dq, dk, dv
@@ -309,35 +320,38 @@ def _(
 
 @torch.library.custom_op("enginepost::attention_qkv", mutates_args=())
 def _qkv_op(
-    qkv: Tensor, heads: int, kv_heads: int, cu_seqlens: Tensor, causal: bool, window: int, softcap: float, scale: float
-) -> tuple[Tensor, Tensor]:
+    qkv: Tensor, heads: int, kv_heads: int, cu_seqlens: Tensor, causal: bool, window: int, softcap: float,
+    scale: float, deterministic: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
     return _forward(q, k, v, cu_seqlens, None, None, causal, window, softcap, scale)
 
 
 @_qkv_op.register_fake
 def _(
-    qkv: Tensor, heads: int, kv_heads: int, cu_seqlens: Tensor, causal: bool, window: int, softcap: float, scale: float
-) -> tuple[Tensor, Tensor]:
+    qkv: Tensor, heads: int, kv_heads: int, cu_seqlens: Tensor, causal: bool, window: int, softcap: float,
+    scale: float, deterministic: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _empty_results(qkv[:, :heads])
 
 
 @torch.library.custom_op("enginepost::attention_qkv_backward", mutates_args=())
 def _qkv_backward_op(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, kv_heads: int, cu_seqlens: Tensor, causal: bool,
-    window: int, softcap: float, scale: float,
+    window: int, softcap: float, scale: float, deterministic: bool = True,
 ) -> Tensor:  # fmt: skip
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
     dq, dk, dv = dqkv.split([heads, kv_heads, kv_heads], dim=1)
-    _backward(dout, q, k, v, out, lse, cu_seqlens, None, None, dq, dk, dv, causal, window, softcap, scale)
+    _backward(dout, q, k, v, out, lse, cu_seqlens, None, None, dq, dk, dv, causal, window, softcap, scale,
+              deterministic)  # fmt: skip
     return dqkv
 
 
 @_qkv_backward_op.register_fake
 def _(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, kv_heads: int, cu_seqlens: Tensor, causal: bool,
-    window: int, softcap: float, scale: float,
+    window: int, softcap: float, scale: float, deterministic: bool = True,
 ) -> Tensor:  # fmt: skip
     return qkv.new_empty(qkv.shape)
 
@@ -350,7 +364,7 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _grad(ctx, dout: Tensor, _: Tensor) -> tuple:  # type: ignore[no-untyped-def]
     grads = torch.ops.enginepost.attention_backward(dout, *ctx.saved_tensors, *ctx.options)
-    return *grads, None, None, None, None, None, None, None
+    return *grads, None, None, None, None, None, None, None, None
 
 
 def _qkv_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -364,7 +378,7 @@ def _qkv_grad(ctx, dout: Tensor, _: Tensor) -> tuple:  # type: ignore[no-untyped
     dqkv = torch.ops.enginepost.attention_qkv_backward(
         dout, qkv, out, lse, ctx.heads, ctx.kv_heads, cu_seqlens, *ctx.options
     )
-    return dqkv, None, None, None, None, None, None, None
+    return dqkv, None, None, None, None, None, None, None, None
 
 
 _attention_op.register_autograd(_grad, setup_context=_setup)

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from enginepost.merge.apply import merge_tensors as merge_tensors
     from enginepost.merge.evolution import EvolveReport as EvolveReport
     from enginepost.merge.evolution import evolve as evolve
+    from enginepost.merge.experts import assemble as assemble
     from enginepost.merge.low_rank import ExtractReport as ExtractReport
     from enginepost.merge.low_rank import extract as extract
     from enginepost.merge.registry import METHODS as METHODS
@@ -23,6 +24,7 @@ _HOME = {
     "merge_tensors": "apply",
     "AdapterMergeReport": "adapters",
     "merge_adapters": "adapters",
+    "assemble": "experts",
     "EvolveReport": "evolution",
     "evolve": "evolution",
     "ExtractReport": "low_rank",

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from enginepost.checkpoint import Checkpoint
+from enginepost.checkpoint import Checkpoint, is_quantized
 from enginepost.checkpoint.format import parse_json
 from enginepost.merge.recipe import ModelRef
 from enginepost.merge.registry import MergeError
@@ -111,7 +111,8 @@ def open_model(ref: ModelRef, directory: Path) -> Model:
         )
         raise MergeError(
             f"{ref}: is quantised ({kind}); merging quantised weights adds up their rounding errors. Merge the original "
-            "float16 or bfloat16 models and quantise the result."
+            "float16 or bfloat16 models and quantise the result; or, if there are none, pass --dequantize (dequantize=True), for "
+            "the 4-bit layout of bitsandbytes."
         )
     counted: dict[str, set[int]] = {}
     for name in checkpoint.names:
@@ -128,6 +129,12 @@ def open_model(ref: ModelRef, directory: Path) -> Model:
             f"{'' if numbers == set(range(len(numbers))) else ', with gaps'}; the model is incomplete."
         )
     return Model(ref, home, checkpoint, config, len(numbers), prefix)
+
+
+def in_4_bits(directory: Path) -> bool:
+    """Whether a model directory holds weights in bitsandbytes' 4-bit layout."""
+    checkpoint = Checkpoint(directory)
+    return any(is_quantized(checkpoint, name) for name in checkpoint.names)
 
 
 def set_layers(config: dict[str, Any], layers: int) -> None:

@@ -23,7 +23,7 @@ from enginepost.checkpoint.atomic import make_directory
 from enginepost.errors import EnginepostError
 from enginepost.merge import card
 from enginepost.merge.executor import Limits, Progress, execute, limits
-from enginepost.merge.models import Model, locate, open_model, set_layers, text_config
+from enginepost.merge.models import Model, in_4_bits, locate, open_model, set_layers, text_config
 from enginepost.merge.output import DiskError, Output, discard, partial_directory, read_journal
 from enginepost.merge.plan import Task, make_tasks
 from enginepost.merge.recipe import ModelRef, Recipe, read_recipes
@@ -85,6 +85,7 @@ def merge(
     memory: float = 512e6,
     shard_bytes: float = 5e9,
     dry_run: bool = False,
+    dequantize: bool = False,
     progress: Progress | None = None,
 ) -> list[MergeReport]:
     """Merge models as a mergekit recipe says.
@@ -97,6 +98,8 @@ def merge(
         memory: bytes of private memory for the work; the memory-mapped inputs come on top, and are the system's to take back.
         shard_bytes: most bytes in a weights file.
         dry_run: check and plan, write nothing.
+        dequantize: take inputs in bitsandbytes' 4 bits as the numbers that their codes stand for (a copy of each beside OUT, removed
+            at the end); without it they are refused, for their rounding errors add up.
         progress: called after every tensor with (bytes done, bytes in all, tensor name).
     Returns:
         One report a document, in the order they were made.
@@ -133,7 +136,9 @@ def merge(
             )
         else:
             reports.append(
-                _merge_one(document, directory, earlier, out, seed, threads, memory, shard_bytes, dry_run, progress)
+                _merge_one(
+                    document, directory, earlier, out, seed, threads, memory, shard_bytes, dry_run, dequantize, progress
+                )
             )
         if document.name:
             earlier[document.name] = directory
@@ -156,7 +161,7 @@ def _final(recipes: list[Recipe], file: str) -> Recipe:
 
 def _merge_one(
     recipe: Recipe, directory: Path, earlier: Mapping[str, Path], out: Path, seed: int, threads: int | None, memory: float,
-    shard_bytes: float, dry_run: bool, progress: Progress | None,
+    shard_bytes: float, dry_run: bool, dequantize: bool, progress: Progress | None,
 ) -> MergeReport:  # fmt: skip
     started = time.perf_counter()
     places = {ref: locate(ref, recipe.file, earlier) for ref in recipe.references()}
@@ -166,6 +171,42 @@ def _merge_one(
             directory, recipe.method.name, [str(r) for r in places], 0, 0, 0, 0, 0, notes=["was there already"]
         )
     _check_output(directory, places, dry_run)
+    if dequantize and not dry_run:
+        copies = _dequantized(places, directory.with_name(f".{directory.name}.dequantized-{fingerprint[:12]}"), recipe)
+        try:
+            inner = {**places, **copies}
+            return _merge_opened(
+                recipe, inner, directory, started, fingerprint, seed, threads, memory, shard_bytes, dry_run, progress
+            )
+        finally:
+            for copy, _ in copies.values():
+                _remove(copy.parent)
+    return _merge_opened(
+        recipe, places, directory, started, fingerprint, seed, threads, memory, shard_bytes, dry_run, progress
+    )
+
+
+def _dequantized(
+    places: Mapping[ModelRef, tuple[Path, Path | None]], home: Path, recipe: Recipe
+) -> dict[ModelRef, tuple[Path, Path | None]]:
+    """Copies of the inputs that are in 4 bits, as plain numbers."""
+    from enginepost.checkpoint import dequantize
+
+    copies: dict[ModelRef, tuple[Path, Path | None]] = {}
+    for i, (ref, (place, adapter)) in enumerate(places.items()):
+        if in_4_bits(place):
+            copies[ref] = (home / str(i), adapter)
+            if not (home / str(i)).exists():
+                make_directory(home)
+                dequantize(place, home / str(i))
+            recipe.notes.append(f"{ref} is in 4 bits and was dequantised; its rounding errors are in the result.")
+    return copies
+
+
+def _merge_opened(
+    recipe: Recipe, places: Mapping[ModelRef, tuple[Path, Path | None]], directory: Path, started: float, fingerprint: str,
+    seed: int, threads: int | None, memory: float, shard_bytes: float, dry_run: bool, progress: Progress | None,
+) -> MergeReport:  # fmt: skip
     models = {ref: open_model(ref, place[0]) for ref, place in places.items()}
     _check_architectures(recipe, models)
     vocabulary = None

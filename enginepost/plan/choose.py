@@ -34,7 +34,7 @@ def fits(peak: Peak, machine: Machine) -> bool:
 
 def longest_context(s: Setup, machine: Machine) -> int:
     """Tokens of the longest sequence that fits alone in a micro-batch; 0 when none does."""
-    return _largest(lambda n: dataclasses.replace(s, tokens=n, sequences=1), machine, LONGEST)
+    return _largest(lambda n: dataclasses.replace(s, tokens=n), machine, LONGEST)
 
 
 def largest_batch(s: Setup, machine: Machine, max_length: int) -> int:

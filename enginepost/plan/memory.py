@@ -46,12 +46,14 @@ HOST_PROCESS = 1.2e9  # host memory of a process that has a GPU
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """Everything that decides the memory of a step. tokens: of the largest micro-batch; ranks: {linear layer of a block: [(rank,
-    outputs, elements of A and B and magnitude)]} of the block with the most, adapter_sizes: elements of every adapter tensor."""
+    """Everything that decides the memory of a step.
+
+    tokens: of the largest micro-batch; ranks: {linear layer: (rank, outputs) of each of its updates} of the block with the most;
+    adapter_sizes: elements of every adapter tensor; in_backward: weights move within the backward pass, and gradients come and go.
+    """
 
     spec: ModelSpec
     tokens: int
-    sequences: int = 1
     micro_batches: int = 1
     itemsize: int = 2
     full: bool = False
@@ -59,14 +61,12 @@ class Setup:
     adapter_sizes: tuple[int, ...] = ()
     dora: bool = False
     dropout: bool = False
-    checkpointing: bool = True
+    checkpointing: bool | str = True  # "host": block inputs in host memory; "bf16": rounded to two bytes
     quantize: str | None = None
     weights: str = "resident"
     slots: int = 2
     moment_bits: int = 32
-    fused_optimizer: bool = False
-    mlp_chunk: int | None = None
-    offload_inputs: bool = False
+    in_backward: bool = False
     device: str = "cpu"
     threads: int = 1
 
@@ -137,11 +137,11 @@ def step_peak(s: Setup) -> Peak:
         # Float32 gradients beside bfloat16 parameters are never given back (train/optimizer.py).
         always = s.micro_batches > 1 or (s.full and s.itemsize != 4)
         share = 1.0 if always else (layers - 1 - block) / layers
-        there = tape.take(0 if s.fused_optimizer else gradients * share, "gradients")
+        there = tape.take(0 if s.in_backward else gradients * share, "gradients")
         _play(tape, s, block)
         tape.free(there)
     tape.moment = "the optimizer's step"
-    tape.free(tape.take(0 if s.fused_optimizer else gradients, "gradients"))
+    tape.free(tape.take(0 if s.in_backward else gradients, "gradients"))
     items = {k: v for k, v in tape.at_top.items() if v}
     return Peak(items, tape.when, MAPPED[s.device], _host(s))
 
@@ -152,12 +152,10 @@ def _standing(tape: Tape, s: Setup) -> None:
     resident, slots = weight_bytes(s)
     tape.take(resident, "weights")
     tape.take(slots, "slots")
-    tape.take(4 * sum(s.adapter_sizes), "adapters")
-    for size in trained_sizes(s):
-        eight = s.moment_bits == 8 and size >= SMALLEST8
-        tape.take(2 * size + 8 * -(-size // 256) if eight else 8 * size, "optimizer")
-        if s.full and s.itemsize != 4:
-            tape.take(4 * size, "masters")
+    trained = trained_sizes(s)
+    tape.take(0 if s.full else 4 * _total(trained), "adapters")
+    tape.take(_moment_bytes(trained, s.moment_bits), "optimizer")
+    tape.take(4 * _total(trained) if s.full and s.itemsize != 4 else 0, "masters")
     spec, tokens = s.spec, s.tokens
     tape.take(3 * 8 * tokens, "batch")
     for rope in spec.ropes:
@@ -203,8 +201,20 @@ def trained_sizes(s: Setup) -> tuple[int, ...]:
     return _parameter_sizes(s.spec) if s.full else s.adapter_sizes
 
 
+@functools.cache
+def _total(sizes: tuple[int, ...]) -> int:
+    return sum(sizes)
+
+
+@functools.cache
+def _moment_bytes(sizes: tuple[int, ...], bits: int) -> int:
+    """Both moments; in 8 bits with a float32 scale for every 256 elements (kernels/adamw.py)."""
+    eight = [bits == 8 and size >= SMALLEST8 for size in sizes]
+    return sum(2 * n + 8 * -(-n // 256) if e else 8 * n for n, e in zip(sizes, eight, strict=True))
+
+
 def _gradient_bytes(s: Setup) -> float:
-    return 4.0 * sum(trained_sizes(s))
+    return 4.0 * _total(trained_sizes(s))
 
 
 def workspace_bytes(s: Setup) -> float:
@@ -225,7 +235,9 @@ def _play(tape: Tape, s: Setup, block: int) -> None:
     h = s.tokens * spec.hidden_size * s.itemsize
     tape.moment = f"the forward pass of block {block}"
     if s.checkpointing:
-        inputs = tape.take(h * (block if not s.offload_inputs else min(block, 2)), "inputs")
+        each = s.tokens * spec.hidden_size * (2 if s.checkpointing == "bf16" else s.itemsize)
+        away = s.checkpointing == "host" and s.device != "cpu"
+        inputs = tape.take(each * (min(block, 2) if away else block), "inputs")
         mine = tape.take(h, "inputs")
         tape.free(*_forward(tape, s)[0])
     else:
@@ -348,10 +360,9 @@ def _forward(tape: Tape, s: Setup) -> tuple[list[Held], _Kept]:
     if spec.post_norm:
         a = (a[0], a[1] + tape.take(h + 4 * tokens)[1])
     middle = tape.take(2 * h + 4 * tokens if spec.pre_norm else h)
-    chunk = 1.0 if not s.mlp_chunk else min(1.0, s.mlp_chunk / tokens)
-    gate_up = tape.take(2 * inner * chunk)
+    gate_up = tape.take(2 * inner)
     low["gate_up"] = _linear(tape, s, "gate_up")
-    act = tape.take(inner * chunk)
+    act = tape.take(inner)
     low["down"] = _linear(tape, s, "down")
     m = tape.take(h)
     if spec.post_norm:
@@ -417,6 +428,6 @@ def _host(s: Setup) -> dict[str, float]:
         held["weights"] = float(blob_bytes(s) * len(s.spec.layers))
     if s.weights == "disk":
         held["slots"] = weight_bytes(s)[1]
-    if s.offload_inputs:
+    if s.checkpointing == "host":
         held["inputs"] = float(s.tokens * s.spec.hidden_size * s.itemsize * len(s.spec.layers))
     return held

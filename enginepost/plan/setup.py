@@ -30,7 +30,6 @@ def setup_of(
     config: dict[str, Any],
     *,
     tokens: int | None = None,
-    sequences: int = 1,
     device: str = "cpu",
     threads: int = 1,
 ) -> Setup:
@@ -57,13 +56,14 @@ def setup_of(
     return Setup(
         spec=spec,
         tokens=tokens or recipe.batch_size * recipe.max_length,
-        sequences=sequences,
         micro_batches=recipe.gradient_accumulation,
         itemsize=ITEMSIZE[recipe.dtype],
         full=recipe.lora is None,
         checkpointing=recipe.checkpointing is not False,
         quantize=recipe.quantize or _stored_in_4_bits(config),
         weights=recipe.weights,
+        moment_bits=8 if getattr(recipe, "optimizer", "adamw") == "adamw8bit" else 32,
+        in_backward=bool(getattr(recipe, "optimizer_in_backward", False)),
         device=device,
         threads=threads,
         **keys,

@@ -7,6 +7,7 @@ of their order. With the threshold at 1 MB resident memory follows what is alive
 
 import contextlib
 import ctypes
+import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 
@@ -14,6 +15,7 @@ import torch
 
 from enginepost.errors import EnginepostError
 from enginepost.plan.machine import available, this_machine
+from enginepost.plan.memory import PROCESS, step_peak
 from enginepost.plan.report import advice, settled
 from enginepost.plan.setup import config_of, setup_of
 from enginepost.recipe import Recipe
@@ -34,10 +36,25 @@ def settle(recipe: Recipe, say: Callable[[str], None]) -> Recipe:
     return chosen
 
 
+def warning(recipe: Recipe, free: float | None) -> str | None:
+    """What to say before a run that may need more than the `free` bytes that a process can still take: on Linux such a run is more
+    often killed than told. None where it fits."""
+    machine = this_machine()
+    setup = setup_of(recipe, config_of(recipe.model), threads=machine.threads)
+    peak = step_peak(setup)
+    if free is None or peak.total - PROCESS["cpu"] <= free:
+        return None
+    shown = dataclasses.replace(machine, memory=free + PROCESS["cpu"])
+    return f"warning: this run may be killed for want of memory: {advice(recipe, setup, shown)}"
+
+
 @contextlib.contextmanager
 def guarded(recipe: Recipe) -> Iterator[None]:
     """Within, memory is given back as it is freed, and running out of it is an OutOfMemory with the plan."""
     _give_back()
+    said = warning(recipe, available())
+    if said is not None:
+        print(said, flush=True)
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -1,6 +1,6 @@
 """The reference policy of preference methods: what the policy was before training, or what the recipe names.
 
-    LoRA, no key `reference`       the same weights with the adapter off: one model in memory
+    LoRA, no key `reference`       the same weights with the adapter off: one model in memory (DoRA: as the adapter began)
     LoRA that continues `adapter`  the same weights with a frozen copy of the adapter as it was
     full fine-tuning               a second copy of the model
     `reference: DIRECTORY`         that adapter on the base, or that model
@@ -10,6 +10,7 @@ of the tokens and labels of the rows (hence of the template) and of the dtype.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import pathlib
@@ -21,8 +22,10 @@ from torch import Tensor, nn
 
 from enginepost.checkpoint import Checkpoint, save_tensors
 from enginepost.errors import EnginepostError
-from enginepost.model import adapter_off, load_adapter, load_model
-from enginepost.model.lora import updates
+from enginepost.kernels.lora import LoraPart, row_norm
+from enginepost.model import load_adapter, load_model
+from enginepost.model.lora import linear_modules, updates
+from enginepost.model.transformer import Linear
 from enginepost.recipe import Recipe
 
 
@@ -52,6 +55,8 @@ class Reference:
                 load_adapter(self.other, source)
             else:
                 self.adapter = _read_adapter(model, source)
+        elif recipe.lora.dora or any(u.magnitude is not None for u in updates(model).values()):
+            self.adapter = _untrained(model)
         if self.other is not None:
             self.other.requires_grad_(False)
             if self.other.spec.vocab_size != model.spec.vocab_size:
@@ -70,7 +75,7 @@ class Reference:
             model.eval()
             try:
                 if self.adapter is None:
-                    with adapter_off(model):
+                    with _muted(model):
                         yield model
                 else:
                     with _swapped(model, self.adapter):
@@ -104,6 +109,38 @@ def _read_adapter(model: Any, directory: str) -> dict[str, Tensor]:
         if part.magnitude is not None:
             tensors[f"{path}.magnitude"] = part.magnitude.float().clone()
     assert tensors.keys() == _parameters(model).keys()
+    return tensors
+
+
+@contextlib.contextmanager
+def _muted(model: Any) -> Iterator[None]:
+    """The updates count nothing, but go through the same products as the policy's: in bfloat16 a layer without updates rounds
+    otherwise, and before the first step policy and reference have to be the same to the bit."""
+    kept = {m: m.parts for m in model.modules() if isinstance(m, Linear) and m.parts}
+    for linear, parts in kept.items():
+        linear.parts = tuple(dataclasses.replace(part, scaling=0.0) for part in parts)
+    try:
+        yield
+    finally:
+        for linear, parts in kept.items():
+            linear.parts = parts
+
+
+@torch.no_grad()
+def _untrained(model: Any) -> dict[str, Tensor]:
+    """The adapter as DoRA begins: B zero, each magnitude the norm of its row."""
+    tensors: dict[str, Tensor] = {}
+    for target in linear_modules(model.spec):
+        linear = model.get_submodule(target.linear)
+        if target.suffix not in linear.lora:
+            continue
+        update = linear.lora[target.suffix]
+        A, B = update.A.detach().clone(), torch.zeros_like(update.B)
+        tensors[f"{target.path}.A"], tensors[f"{target.path}.B"] = A, B
+        if update.magnitude is not None:
+            model.enter(target.block)
+            part = LoraPart(A, B, update.scaling, target.start)
+            tensors[f"{target.path}.magnitude"] = row_norm(linear.weight, part).to(update.magnitude.dtype)
     return tensors
 
 

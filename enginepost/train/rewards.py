@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 import math
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +76,11 @@ def find(place: str) -> Callable[..., Any]:
             spec = importlib.util.spec_from_file_location(f"enginepost_rewards_{path.stem}", path)
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
+            sys.path.insert(0, str(path.resolve().parent))  # as for a script: it may import what lies beside it
+            try:
+                spec.loader.exec_module(module)
+            finally:
+                sys.path.remove(str(path.resolve().parent))
         else:
             module = importlib.import_module(source)
     except EnginepostError:

@@ -8,7 +8,7 @@ import torch
 from enginepost.kernels.attention import attention, paged_attention, paged_reference
 from enginepost.kernels.backend import _core
 
-pytestmark = pytest.mark.skipif(_core is None, reason="the native extension is not built")
+needs_core = pytest.mark.skipif(_core is None, reason="the native extension is not built")
 
 # name: queries and keys of each sequence, heads, key heads, head dim, page size, options
 CASES = {
@@ -17,7 +17,10 @@ CASES = {
     "decode, one key": ([1, 1], [1, 1], 2, 2, 32, 8, {}),
     "decode, nothing cached": ([1, 1, 1], [0, 7, 0], 2, 1, 32, 16, {}),
     "dim 59, page 24": ([1, 1], [50, 333], 3, 1, 59, 24, {}),
+    "dim 96": ([1, 2], [600, 40], 8, 2, 96, 32, {}),
     "dim 128": ([1, 2], [259, 40], 8, 2, 128, 32, {}),
+    "dim 192": ([1, 2], [300, 40], 8, 2, 192, 32, {}),
+    "dim 256": ([2, 1], [300, 40], 2, 1, 256, 16, {}),
     "dim 256, page 1": ([1, 3], [9, 40], 2, 1, 256, 1, {}),
     "dim 1, page 8": ([2, 1], [9, 40], 2, 2, 1, 8, {}),
     "page over a key block": ([1, 5], [700, 90], 2, 1, 64, 640, {}),
@@ -54,13 +57,19 @@ def inputs(case, dtype):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_against_float64_and_the_packed_stream(case, dtype, no_worse):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_against_float64_and_the_packed_stream(case, dtype, backend, no_worse):
+    if dtype == torch.float16 and not backend.gpu:
+        pytest.skip("float16 runs on GPUs only")
+    if dtype == torch.float32 and backend.gpu:
+        pytest.skip("the CUDA kernels take 16 bits; float32 goes to the reference")
     q, k, v, table, used, cu, options, (keys, values) = inputs(case, dtype)
-    ours = paged_attention(q, k, v, table, used, cu, **options)
     plain = paged_reference(q, k, v, table, used, cu, **options)
     exact = paged_reference(q.double(), k.double(), v.double(), table, used, cu, **options)
-    packed = attention(q, keys, values, cu, starts(used.tolist()), **options)
+    cu_k = starts(used.tolist())
+    q, k, v, table, used, cu, cu_k, keys, values = backend.to(q, k, v, table, used, cu, cu_k, keys, values)
+    ours = paged_attention(q, k, v, table, used, cu, **options)
+    packed = attention(q, keys, values, cu, cu_k, **options)
     for name, mine, theirs, true, same in zip(("out", "lse"), ours, plain, exact, packed, strict=True):
         no_worse(name, mine, theirs, true)
         assert torch.equal(mine, same), name
@@ -69,35 +78,69 @@ def test_against_float64_and_the_packed_stream(case, dtype, no_worse):
         assert all(torch.equal(a, b) for a, b in zip(alone, ours, strict=True))
 
 
+@pytest.mark.parametrize("case", ["decode, long", "continuations", "dim 256"])
+def test_same_bits_in_any_order_of_warps(case, each_schedule):
+    q, k, v, table, used, cu, options, _ = inputs(case, torch.bfloat16)
+    each_schedule(lambda: list(paged_attention(q, k, v, table, used, cu, **options)))
+
+
+def test_a_sequence_has_the_same_bits_in_any_batch(backend):
+    """Also where a GPU splits its keys among blocks: how it does depends on that sequence alone."""
+    if backend.name == "reference":
+        pytest.skip("torch's products depend on their shapes")
+    torch.manual_seed(3)
+    keys, page = [700, 5, 2100], 16
+    dtype = torch.bfloat16 if backend.gpu else torch.float32
+    counts = [-(-n // page) for n in keys]
+    q, k, v = (
+        torch.randn(n, *size, 2 * h, 64).to(dtype)
+        for n, size, h in ((3, (), 2), (sum(counts), (page,), 1), (sum(counts), (page,), 1))
+    )
+    table = torch.zeros(3, max(counts), dtype=torch.int32)
+    for b, count in enumerate(counts):
+        table[b, :count] = torch.arange(sum(counts[:b]), sum(counts[: b + 1])).int()
+    q, k, v, table, used = backend.to(q, k, v, table, ints(*keys))
+    together = paged_attention(q, k, v, table, used)
+    for b in range(3):
+        alone = paged_attention(q[b : b + 1], k, v, table[b : b + 1], used[b : b + 1])
+        assert torch.equal(alone[0], together[0][b : b + 1]) and torch.equal(alone[1], together[1][:, b : b + 1])
+
+
+@needs_core
 @pytest.mark.parametrize("case", ["decode", "continuations", "window"])
 def test_same_bits_at_any_thread_count(case, each_thread_count):
     q, k, v, table, used, cu, options, _ = inputs(case, torch.bfloat16)
     each_thread_count(lambda: list(paged_attention(q, k, v, table, used, cu, **options)))
 
 
-def test_no_keys_and_no_pages():
-    q, cache = torch.randn(2, 4, 16), torch.empty(0, 8, 2, 16)
+def test_no_keys_and_no_pages(backend):
+    dtype = torch.bfloat16 if backend.gpu else torch.float32
+    q, cache = torch.randn(2, 4, 16).to(dtype), torch.empty(0, 8, 2, 16, dtype=dtype)
     table, used = torch.empty(2, 0, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    q, cache, table, used = backend.to(q, cache, table, used)
     out, lse = paged_attention(q, cache, cache, table, used)
     assert (out == 0).all() and (lse == -math.inf).all()
 
 
-def test_shared_pages_and_any_strides():
+def test_shared_pages_and_any_strides(backend):
     """Two sequences fork after a common page; the cache is one tensor [page, layer, 2, position, head, dim] read as views."""
     torch.manual_seed(1)
-    store = torch.randn(6, 3, 2, 16, 2, 40)
+    dtype = torch.bfloat16 if backend.gpu else torch.float32
+    store = backend.to(torch.randn(6, 3, 2, 16, 2, 40).to(dtype))
     k, v = store[:, 1, 0, ..., :32], store[:, 1, 1, ..., 4:36]
     table = torch.tensor([[4, 0, 9], [4, 2, 9]], dtype=torch.int32)[:, :2]
-    used, q = torch.tensor([20, 27], dtype=torch.int32), torch.randn(6, 2, 32).transpose(0, 1)
+    used, q = torch.tensor([20, 27], dtype=torch.int32), torch.randn(6, 2, 32).to(dtype).transpose(0, 1)
+    table, used, q = backend.to(table, used, q)
     out = paged_attention(q, k, v, table, used)[0]
     for b, other in enumerate((0, 2)):
         keys, values = (torch.cat([x[4], x[other]])[: used[b]] for x in (k, v))
         torch.testing.assert_close(
             out[b : b + 1],
-            attention(q[b : b + 1], keys, values, starts([1]), used[b : b + 1].new_tensor([0, used[b]]))[0],
+            attention(q[b : b + 1], keys, values, backend.to(starts([1])), used[b : b + 1].new_tensor([0, used[b]]))[0],
         )
 
 
+@needs_core
 def test_a_gradient_is_refused():
     q, k, v, table, used, cu, _, _ = inputs("decode", torch.float32)
     with pytest.raises(ValueError, match="no gradient"):
@@ -106,11 +149,13 @@ def test_a_gradient_is_refused():
         paged_attention(q, k, v, table, used, cu)
 
 
+@needs_core
 def test_opcheck():
     q, k, v, table, used, cu, _, _ = inputs("continuations", torch.float32)
     torch.library.opcheck(torch.ops.enginepost.paged_attention, (q, k, v, table, used, cu, True, 0, 0.0, 0.1))
 
 
+@needs_core
 def test_reference_backend(monkeypatch):
     q, k, v, table, used, cu, options, _ = inputs("softcap", torch.float32)
     monkeypatch.setenv("ENGINEPOST_BACKEND", "reference")
@@ -127,6 +172,7 @@ def ints(*values):
 Z = torch.zeros
 
 
+@needs_core
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -93,4 +93,4 @@ def test_a_step_takes_what_was_planned(case: str) -> None:
     if "query_pre_attn_scalar" in config:
         config["sliding_window"] = 64
     measured, planned = measured_peak(config, keys, tokens=256)
-    assert planned == pytest.approx(measured, rel=0.05)
+    assert planned == pytest.approx(measured, rel=0.08)

@@ -55,6 +55,16 @@ def test_a_run_chooses_and_says_so_and_has_the_same_bits(recipe: Make, tmp_path:
     assert adapters[0] == adapters[1]
 
 
+def test_a_run_that_may_be_killed_is_warned_of(recipe: Make, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    big = load_recipe(BIG)
+    assert budget.warning(big, 20e9) is None and budget.warning(big, None) is None
+    said = budget.warning(big, 2.5e9)
+    assert said is not None and "may be killed" in said and "cheapest change that fits" in said
+    monkeypatch.setattr(budget, "available", lambda: 1000.0)
+    enginepost.train(recipe())
+    assert "warning: this run may be killed for want of memory: the run needs" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "error",
     [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried")],

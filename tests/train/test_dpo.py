@@ -168,7 +168,11 @@ def _continued(dpo: MakeRecipe, adapter: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("lora", [None, {"r": 4, "alpha": 8, "dropout": 0.2}], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "lora",
+    [None, {"r": 4, "alpha": 8, "dropout": 0.2}, {"r": 4, "alpha": 8, "dora": True}],
+    ids=["full", "lora", "dora"],
+)
 def test_first_loss_is_ln_2(dpo: MakeRecipe, dtype: str, lora: Any) -> None:
     lines = metrics(train(dpo(max_steps=2, dtype=dtype, lora=lora)))
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)

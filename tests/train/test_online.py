@@ -288,8 +288,9 @@ def test_conversations_are_given_as_messages(recipe: MakeRecipe, tmp_path: pathl
 
 
 def test_a_function_of_a_file_is_found_and_named(recipe: MakeRecipe, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "beside_the_judge.py").write_text("FINE = -1.0\n")
     (tmp_path / "judge.py").write_text(
-        "def short(completions, **_):\n    return [-float(len(c)) for c in completions]\n"
+        "from beside_the_judge import FINE\ndef short(completions, **_):\n    return [FINE * len(c) for c in completions]\n"
     )
     settings = recipe(
         "grpo", rewards=[{"function": f"{tmp_path}/judge.py:short", "weight": 0.5}, has_even_ids], max_steps=1
@@ -344,6 +345,7 @@ def test_bad_rewards_name_the_function_and_the_prompt(recipe: MakeRecipe, value:
         ("grpo", {"overlong": "truncate"}, "a prompt cannot be cut"),
         ("grpo", {"lora": {"dropout": 0.1}}, r"lora\.dropout: 0\.1: method grpo compares"),
         ("gkd", {"rewards": []}, "method gkd does not use this key"),
+        ("rloo", {"num_mini_batches": 13}, "13 steps cannot share the 12 completions of a roll-out"),
     ],
 )  # fmt: skip
 def test_bad_recipes(recipe: MakeRecipe, method: str, keys: dict[str, Any], words: str) -> None:
@@ -352,6 +354,19 @@ def test_bad_recipes(recipe: MakeRecipe, method: str, keys: dict[str, Any], word
         settings["teacher"] = settings["model"]
     with pytest.raises(EnginepostError, match=words):
         train(settings)
+
+
+def test_prompts_can_be_looked_at(recipe: MakeRecipe, prompts: pathlib.Path) -> None:
+    import io
+
+    from rich.console import Console
+
+    from enginepost.data.preview import show_prompts
+
+    out = io.StringIO()
+    show_prompts(prompts, recipe("grpo")["model"], max_tokens=54, rows=2, console=Console(file=out, width=400))
+    assert "10 prompts of" in out.getvalue() and "columns: answer" in out.getvalue()
+    assert json.loads(prompts.read_text().splitlines()[1])["prompt"] in out.getvalue()
 
 
 def test_bad_prompts(recipe: MakeRecipe, tmp_path: pathlib.Path) -> None:
@@ -426,6 +441,34 @@ def test_what_was_cut_off_can_be_masked_or_fined(recipe: MakeRecipe) -> None:
             assert work.completions == 12 and work.count == int(rollout.completions[rollout.keep].sum())
 
 
+def test_dynamic_sampling_replaces_groups_of_equal_rewards(recipe: MakeRecipe) -> None:
+    """Prompts with an odd answer get the same reward whatever is said. A roll-out is made of the others, from further draws; when no
+    prompt is left that teaches anything, the first draw stays and the run says so."""
+
+    def judge(completion_ids: list[list[int]], answer: list[int], **_: Any) -> list[float]:
+        return [0.5 if a % 2 else float(np.mean(c)) for c, a in zip(completion_ids, answer, strict=True)]
+
+    def flat(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        return [1.0 for _ in completion_ids]
+
+    for function, informative in ((judge, True), (flat, False)):
+        method = methods.create(load_recipe(recipe("grpo", loss="dapo", rewards=[function], rollout_prompts=4)))
+        model = loop.weights.load(method.recipe, torch.float32, None)
+        method.attach(model)
+        for r in range(3):
+            rollout = method.make(model, r)
+            groups = rollout.prompts.view(-1, 4)
+            assert len(groups) == 4 and (groups == groups[:, :1]).all()
+            drawn = [method.prompts[i].columns["answer"] for i in groups[:, 0].tolist()]  # type: ignore[attr-defined]
+            advantages = rollout.tokens["advantages"]
+            if informative:
+                assert all(a % 2 == 0 for a in drawn) and 0 < rollout.metrics["frac_reward_zero_std"] < 1
+                assert rollout.metrics["resamples"] >= 1 and advantages.abs().min() > 0
+            else:
+                assert rollout.metrics["frac_reward_zero_std"] == 1.0 and rollout.metrics["resamples"] == 4
+                assert advantages.abs().max() == 0
+
+
 def test_a_step_of_which_all_was_cut_off_learns_nothing(recipe: MakeRecipe) -> None:
     """The tiny model never stops, so with masking nothing is left: the weights stay, and the run says so in its metrics."""
     run = train(recipe("grpo", mask_truncated_completions=True, max_steps=2, max_completion_length=1))
@@ -434,9 +477,8 @@ def test_a_step_of_which_all_was_cut_off_learns_nothing(recipe: MakeRecipe) -> N
 
 
 def reward_model(directory: pathlib.Path, source: str, labels: int = 1, vocab_size: int | None = None) -> pathlib.Path:
-    from enginepost.model.scorer import new_head, save_scorer
-
     from enginepost.model import create_model
+    from enginepost.model.scorer import new_head, save_scorer
 
     config = {**load_model(source, dtype=torch.float32).config, "hidden_size": 48}
     config["vocab_size"] = vocab_size or config["vocab_size"]
@@ -450,9 +492,8 @@ def reward_model(directory: pathlib.Path, source: str, labels: int = 1, vocab_si
 
 def test_a_reward_model_is_a_reward(recipe: MakeRecipe, tmp_path: pathlib.Path) -> None:
     """Its scores are those that it gives prompt and completion by itself; with a weight, beside a function."""
-    from enginepost.model.scorer import load_scorer
-
     from enginepost.data import Tokenizer
+    from enginepost.model.scorer import load_scorer
 
     settings = recipe("rloo", max_steps=1, beta=0.0)
     path = reward_model(tmp_path / "judge", settings["model"])
