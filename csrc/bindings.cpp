@@ -342,26 +342,21 @@ PYBIND11_MODULE(_core, m) {
 
   m.def("linear_logprob_forward", [](O hidden, O weight, O targets, O logprob, O lse, O entropy, O direction, double softcap) {
     Arg a(hidden), b(weight), c(targets), d(logprob), e(lse), f(entropy), g(direction);
-    int64_t bytes = 0;
-    if (a.rank() == 2) bytes = ep_linear_logprob_forward_workspace_bytes(a->shape[0], a->shape[1]);
+    const int64_t bytes = ep_linear_logprob_forward_workspace_bytes_for(a, b, g);
     const Workspace workspace(bytes, a);
     run([&] { return ep_linear_logprob_forward(a, b, c, d, e, f, g, softcap, workspace.data(), stream); });
   });
   m.def("linear_logprob_backward",
         [](O dlogprob, O dentropy, O hidden, O weight, O targets, O lse, O entropy, O dhidden, O dweight, double softcap) {
           Arg a(dlogprob), b(dentropy), c(hidden), d(weight), e(targets), f(lse), g(entropy), h(dhidden), i(dweight);
-          int64_t bytes = 0;
-          if (c.rank() == 2) bytes = ep_linear_logprob_backward_workspace_bytes(c->shape[0], c->shape[1]);
+          const int64_t bytes = ep_linear_logprob_backward_workspace_bytes_for(c, d, h, i);
           const Workspace workspace(bytes, c);
           run([&] { return ep_linear_logprob_backward(a, b, c, d, e, f, g, h, i, softcap, workspace.data(), stream); });
         });
 
   m.def("matmul", [](O a, O b, O a2, O b2, O c, bool accumulate) {
     Arg x(a), y(b), x2(a2), y2(b2), z(c);
-    int64_t bytes = 0;
-    if (y.rank() == 2 && z.rank() == 2) {
-      bytes = ep_matmul_workspace_bytes(z->shape[0], z->shape[1], y->shape[0] + (y2.rank() == 2 ? y2->shape[0] : 0));
-    }
+    const int64_t bytes = ep_matmul_workspace_bytes_for(x, y, x2, y2, z);
     const Workspace workspace(bytes, x);
     run([&] { return ep_matmul(x, y, x2, y2, z, accumulate, workspace.data(), stream); });
   });
@@ -380,10 +375,7 @@ PYBIND11_MODULE(_core, m) {
                          int64_t n, int64_t k, bool transposed, O a2, O b2, O c, bool accumulate) {
     Arg x(a), p(packed), s(absmax), t(nested_absmax), u(nested_code), x2(a2), y2(b2), z(c);
     ep_nf4_tensor w{p, s, t, u, offset, blocksize, type};
-    int64_t bytes = 0;
-    if (z.rank() == 2 && n >= 0 && k >= 0) {
-      bytes = ep_nf4_matmul_workspace_bytes(z->shape[0], n, k, transposed, y2.rank() == 2 ? y2->shape[0] : 0);
-    }
+    const int64_t bytes = ep_nf4_matmul_workspace_bytes_for(x, w, n, k, transposed, x2, y2, z);
     const Workspace workspace(bytes, x);
     run([&] { return ep_nf4_matmul(x, w, n, k, transposed, x2, y2, z, accumulate, workspace.data(), stream); });
   });

@@ -22,6 +22,11 @@ ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 BUDGETS = {
     "adamw": {"step": 64, "step8": 80},
     "glu": {"*": 64},
+    "linear_logprob_backward": {"product": 240, "*": 64},
+    "linear_logprob_forward": {"product": 240, "*": 64},
+    "matmul": {"product": 240, "few_rows": 128, "*": 64},
+    "nf4": {"*": 64},
+    "nf4_matmul": {"*": 64, "few_rows": 255},
     "norm": {"forward_held": 64, "backward_held": 128, "*": 64},
     "rope": {"*": 48},
 }

@@ -8,7 +8,8 @@
 
 #include "isa.h"
 #include "tensor.h"
-#if defined(EP_CUDA)
+#if defined(EP_CUDA) || defined(EP_EMULATED)
+#define EP_GPU  // there are CUDA kernels, real or emulated
 #include "../cuda/device.h"
 #endif
 

@@ -3,12 +3,19 @@
 
 #include <cstring>
 
+#include "device_product.h"
 #include "linear_logprob.h"
 #include "parallel.h"
 
 #ifdef EP_API
 
+#if defined(EP_GPU)
+#include "../cuda/linear_logprob.h"
+#endif
+
 using namespace ep;
+
+constexpr unsigned NUMBERS = FLOATS | GPU, SINGLES = F32 | GPU;
 
 constexpr int64_t SKIPPED = -100;
 
@@ -36,8 +43,8 @@ struct Inputs {
 
 static int check_inputs(const char *fn, Inputs &in, const DLTensor *hidden, const DLTensor *weight, const DLTensor *targets,
                         const DLTensor *lse, double softcap) {
-  if (!view(in.hidden, hidden, fn, "hidden", 2, FLOATS) || !view(in.weight, weight, fn, "weight", 2, FLOATS) ||
-      !view(in.targets, targets, fn, "targets", 1, I64) || !view(in.lse, lse, fn, "lse", 1, F32)) {
+  if (!view(in.hidden, hidden, fn, "hidden", 2, NUMBERS) || !view(in.weight, weight, fn, "weight", 2, NUMBERS) ||
+      !view(in.targets, targets, fn, "targets", 1, I64 | GPU) || !view(in.lse, lse, fn, "lse", 1, SINGLES)) {
     return EP_INVALID_ARGUMENT;
   }
   const int64_t tokens = in.hidden.shape[0], width = in.hidden.shape[1], vocab = in.weight.shape[0];
@@ -48,9 +55,15 @@ static int check_inputs(const char *fn, Inputs &in, const DLTensor *hidden, cons
   if (int status = check_vector(fn, "targets", in.targets, tokens)) return status;
   if (int status = check_vector(fn, "lse", in.lse, tokens)) return status;
   EP_REQUIRE(softcap >= 0 && softcap - softcap == 0, "%s: softcap must be 0 (none) or positive, got %g", fn, softcap);
+  if (int status = check_one_device(fn, {&in.hidden, &in.weight, &in.targets, &in.lse})) return status;
   const int64_t *y = reinterpret_cast<const int64_t *>(in.targets.data);
   int64_t kept = 0;
-  for (int64_t t = 0; t < tokens; t++) {
+  const bool gpu = on_gpu(in.hidden.device);  // there the targets cannot be read
+  EP_REQUIRE(!gpu || (in.hidden.dtype == in.weight.dtype && in.hidden.dtype != F32),
+             "%s: on a GPU hidden and weight must both be bfloat16 or both float16", fn);
+  EP_REQUIRE(!gpu || (tokens < int64_t(1) << 30 && width < int64_t(1) << 30 && vocab < int64_t(1) << 30),
+             "%s: on a GPU up to 2^30 rows, columns and entries are supported", fn);
+  for (int64_t t = 0; t < tokens && !gpu; t++) {
     EP_REQUIRE(y[t] == SKIPPED || (y[t] >= 0 && y[t] < vocab),
                "%s: targets[%lld] = %lld is not in the vocabulary of %lld entries, nor -100 (skipped)", fn, (long long)t,
                (long long)y[t], (long long)vocab);
@@ -109,6 +122,56 @@ static int64_t carve_backward(LogprobBackward &a, char *workspace, int64_t rows,
   return at.bytes;
 }
 
+#if defined(EP_GPU)
+static cuda::LogprobProblem device_problem(const Inputs &in) {
+  const LogprobShape &s = in.shape;
+  return {s.hidden,  s.weight, s.hidden_row, s.weight_row, kind_of(in.hidden.dtype),
+          s.targets, s.tokens, s.width,      s.vocab,      s.softcap};
+}
+
+static int check_device_workspace(const char *fn, const void *workspace) {
+  EP_REQUIRE(workspace != nullptr && reinterpret_cast<uintptr_t>(workspace) % 16 == 0, "%s: workspace must be 16-byte aligned", fn);
+  return EP_OK;
+}
+
+// Calls bytes(tokens, width, vocab, multiprocessors) with the sizes of two matrices on a GPU; -1 where they are not on one.
+template <class Bytes>
+static int64_t device_bytes(const DLTensor *hidden, const DLTensor *weight, Bytes &&bytes) {
+  if (hidden == nullptr || weight == nullptr || hidden->ndim != 2 || weight->ndim != 2 || !on_gpu(hidden->device)) return -1;
+  cuda::UseDevice use(hidden->device.device_id);
+  cuda::Device device;
+  if (cuda::current_device(device) != EP_OK) return 0;
+  return bytes(hidden->shape[0], hidden->shape[1], weight->shape[0], device.multiprocessors);
+}
+#endif
+
+static int64_t rows_of(const DLTensor *t) { return t == nullptr || t->ndim != 2 ? 0 : t->shape[0]; }
+static int64_t columns_of(const DLTensor *t) { return t == nullptr || t->ndim != 2 ? 0 : t->shape[1]; }
+
+extern "C" int64_t ep_linear_logprob_forward_workspace_bytes_for(const DLTensor *hidden, const DLTensor *weight,
+                                                                 const DLTensor *direction) {
+#if defined(EP_GPU)
+  const int64_t bytes = device_bytes(hidden, weight, [&](int64_t tokens, int64_t width, int64_t vocab, int processors) {
+    return cuda::linear_logprob_forward_workspace(tokens, width, vocab, direction != nullptr, processors);
+  });
+  if (bytes >= 0) return bytes;
+#endif
+  (void)weight, (void)direction;
+  return ep_linear_logprob_forward_workspace_bytes(rows_of(hidden), columns_of(hidden));
+}
+
+extern "C" int64_t ep_linear_logprob_backward_workspace_bytes_for(const DLTensor *hidden, const DLTensor *weight,
+                                                                  const DLTensor *dhidden, const DLTensor *dweight) {
+#if defined(EP_GPU)
+  const int64_t bytes = device_bytes(hidden, weight, [&](int64_t tokens, int64_t width, int64_t vocab, int processors) {
+    return cuda::linear_logprob_backward_workspace(tokens, width, vocab, dhidden != nullptr, dweight != nullptr, processors);
+  });
+  if (bytes >= 0) return bytes;
+#endif
+  (void)weight, (void)dhidden, (void)dweight;
+  return ep_linear_logprob_backward_workspace_bytes(rows_of(hidden), columns_of(hidden));
+}
+
 extern "C" int64_t ep_linear_logprob_forward_workspace_bytes(int64_t tokens, int64_t width) {
   LogprobForward unused{};
   return carve_forward(unused, nullptr, tokens, width);
@@ -128,13 +191,13 @@ static float *floats(const Tensor &t) { return reinterpret_cast<float *>(t.data)
 
 extern "C" int ep_linear_logprob_forward(const DLTensor *hidden, const DLTensor *weight, const DLTensor *targets,
                                          const DLTensor *logprob, const DLTensor *lse, const DLTensor *entropy,
-                                         const DLTensor *direction, double softcap, void *workspace, void *) {
+                                         const DLTensor *direction, double softcap, void *workspace, void *stream) {
   const char *fn = "linear_logprob_forward";
   Inputs in;
   if (int status = check_inputs(fn, in, hidden, weight, targets, lse, softcap)) return status;
-  EP_VIEW(logprobv, logprob, 1, F32);
-  EP_VIEW_OPTIONAL(entropyv, entropy, 1, F32);
-  EP_VIEW_OPTIONAL(directionv, direction, 2, F32);
+  EP_VIEW(logprobv, logprob, 1, SINGLES);
+  EP_VIEW_OPTIONAL(entropyv, entropy, 1, SINGLES);
+  EP_VIEW_OPTIONAL(directionv, direction, 2, SINGLES);
   const LogprobShape &s = in.shape;
   if (int status = check_vector(fn, "logprob", logprobv, s.tokens)) return status;
   if (entropy != nullptr) {
@@ -147,6 +210,18 @@ extern "C" int ep_linear_logprob_forward(const DLTensor *hidden, const DLTensor 
   if (int status = check_apart(fn, "lse", in.lse, "targets", in.targets)) return status;
   if (int status = check_apart(fn, "entropy", entropyv, "targets", in.targets)) return status;
   if (int status = check_apart(fn, "direction", directionv, "targets", in.targets)) return status;
+  if (int status = check_one_device(fn, {&in.hidden, &logprobv, &entropyv, &directionv})) return status;
+#if defined(EP_GPU)
+  if (on_gpu(in.hidden.device)) {
+    if (s.tokens == 0) return EP_OK;
+    if (int status = check_device_workspace(fn, workspace)) return status;
+    cuda::UseDevice use(in.hidden.device.device_id);
+    return cuda::linear_logprob_forward({device_problem(in), floats(logprobv), floats(in.lse), floats(entropyv), floats(directionv),
+                                         directionv.stride[0], static_cast<char *>(workspace)},
+                                        stream);
+  }
+#endif
+  (void)stream;
   if (direction != nullptr) clear_rows(s, directionv.data, directionv.stride[0] * 4, s.width * 4);
   clear_rows(s, logprobv.data, 4, 4);
   clear_rows(s, in.lse.data, 4, 4);
@@ -166,15 +241,15 @@ extern "C" int ep_linear_logprob_forward(const DLTensor *hidden, const DLTensor 
 extern "C" int ep_linear_logprob_backward(const DLTensor *dlogprob, const DLTensor *dentropy, const DLTensor *hidden,
                                           const DLTensor *weight, const DLTensor *targets, const DLTensor *lse,
                                           const DLTensor *entropy, const DLTensor *dhidden, const DLTensor *dweight, double softcap,
-                                          void *workspace, void *) {
+                                          void *workspace, void *stream) {
   const char *fn = "linear_logprob_backward";
   Inputs in;
   if (int status = check_inputs(fn, in, hidden, weight, targets, lse, softcap)) return status;
-  EP_VIEW(dlogprobv, dlogprob, 1, F32);
-  EP_VIEW_OPTIONAL(dentropyv, dentropy, 1, F32);
-  EP_VIEW_OPTIONAL(entropyv, entropy, 1, F32);
-  EP_VIEW_OPTIONAL(dhiddenv, dhidden, 2, FLOATS);
-  EP_VIEW_OPTIONAL(dweightv, dweight, 2, FLOATS);
+  EP_VIEW(dlogprobv, dlogprob, 1, SINGLES);
+  EP_VIEW_OPTIONAL(dentropyv, dentropy, 1, SINGLES);
+  EP_VIEW_OPTIONAL(entropyv, entropy, 1, SINGLES);
+  EP_VIEW_OPTIONAL(dhiddenv, dhidden, 2, NUMBERS);
+  EP_VIEW_OPTIONAL(dweightv, dweight, 2, NUMBERS);
   const LogprobShape &s = in.shape;
   if (int status = check_vector(fn, "dlogprob", dlogprobv, s.tokens)) return status;
   EP_REQUIRE((dentropy == nullptr) == (entropy == nullptr), "%s: dentropy and entropy come together", fn);
@@ -184,21 +259,35 @@ extern "C" int ep_linear_logprob_backward(const DLTensor *dlogprob, const DLTens
   }
   if (int status = check_apart(fn, "dhidden", dhiddenv, "targets", in.targets)) return status;
   if (int status = check_apart(fn, "dweight", dweightv, "targets", in.targets)) return status;
+  if (int status = check_one_device(fn, {&in.hidden, &dlogprobv, &dentropyv, &entropyv, &dhiddenv, &dweightv})) return status;
+  const bool gpu = on_gpu(in.hidden.device);
   if (dhidden != nullptr) {
     if (int status = check_matrix(fn, "dhidden", dhiddenv, "hidden", in.hidden)) return status;
     EP_REQUIRE(dhiddenv.dtype == in.hidden.dtype, "%s: dhidden must have the dtype of hidden", fn);
     const int64_t bytes = s.hidden_bf16 ? 2 : 4;
-    clear_rows(s, dhiddenv.data, dhiddenv.stride[0] * bytes, s.width * bytes);
+    if (!gpu) clear_rows(s, dhiddenv.data, dhiddenv.stride[0] * bytes, s.width * bytes);
   }
   if (dweight != nullptr) {
     if (int status = check_matrix(fn, "dweight", dweightv, "weight", in.weight)) return status;
     EP_REQUIRE(dweightv.dtype == in.weight.dtype, "%s: dweight must have the dtype of weight", fn);
     const int64_t bytes = s.weight_bf16 ? 2 : 4;
-    for (int64_t v = 0; v < s.vocab && s.kept == 0; v++) {
+    for (int64_t v = 0; v < s.vocab && s.kept == 0 && !gpu; v++) {
       std::memset(dweightv.data + v * dweightv.stride[0] * bytes, 0, size_t(s.width * bytes));
     }
   }
-  if (s.kept == 0 || (dhidden == nullptr && dweight == nullptr)) return EP_OK;
+  if (dhidden == nullptr && dweight == nullptr) return EP_OK;
+#if defined(EP_GPU)
+  if (gpu) {
+    if (int status = check_device_workspace(fn, workspace)) return status;
+    cuda::UseDevice use(in.hidden.device.device_id);
+    return cuda::linear_logprob_backward(
+        {device_problem(in), floats(dlogprobv), floats(dentropyv), floats(in.lse), floats(entropyv), dhiddenv.data, dweightv.data,
+         dhiddenv.stride[0], dweightv.stride[0], static_cast<char *>(workspace)},
+        stream);
+  }
+#endif
+  (void)stream;
+  if (s.kept == 0) return EP_OK;
   if (int status = check_workspace(fn, workspace)) return status;
   LogprobBackward a{};
   a.shape = s;

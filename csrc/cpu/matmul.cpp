@@ -20,6 +20,7 @@
 // block is ever held as numbers.
 #include "enginepost/matmul.h"
 
+#include "dispatch.h"
 #include "enginepost/nf4.h"
 #include "gemm.h"
 #include "isa.h"
@@ -260,17 +261,21 @@ void matmul(const Matmul &g) {
 
 #else
 
+#include "device_nf4.h"
+
 using namespace ep;
+
+constexpr unsigned NUMBERS = FLOATS | GPU;
 
 // Any 2-D tensor with one contiguous dimension.
 static bool strided(Tensor &out, const DLTensor *t, const char *fn, const char *name) {
-  if (t == nullptr || t->ndim != 2 || t->strides == nullptr || t->shape == nullptr) return view(out, t, fn, name, 2, FLOATS);
-  if (t->strides[1] == 1 || t->shape[1] == 1 || t->shape[0] == 0 || t->shape[1] == 0) return view(out, t, fn, name, 2, FLOATS);
+  if (t == nullptr || t->ndim != 2 || t->strides == nullptr || t->shape == nullptr) return view(out, t, fn, name, 2, NUMBERS);
+  if (t->strides[1] == 1 || t->shape[1] == 1 || t->shape[0] == 0 || t->shape[1] == 0) return view(out, t, fn, name, 2, NUMBERS);
   int64_t shape[2] = {t->shape[1], t->shape[0]}, strides[2] = {t->strides[1], t->strides[0]};
   DLTensor turned = *t;
   turned.shape = shape;
   turned.strides = strides;
-  if (!view(out, &turned, fn, name, 2, FLOATS)) return false;
+  if (!view(out, &turned, fn, name, 2, NUMBERS)) return false;
   int64_t extent = out.shape[0], stride = out.stride[0];
   out.shape[0] = out.shape[1], out.stride[0] = out.stride[1];
   out.shape[1] = extent, out.stride[1] = stride;
@@ -283,28 +288,58 @@ extern "C" int64_t ep_matmul_workspace_bytes(int64_t m, int64_t n, int64_t k) {
   return (packed > few ? packed : few) * 4;
 }
 
-extern "C" int ep_matmul(const DLTensor *a, const DLTensor *b, const DLTensor *a2, const DLTensor *b2, const DLTensor *c,
-                         int accumulate, void *workspace, void *) {
+namespace {
+struct Arguments {
+  Tensor a[2], b[2], c;
+};
+}  // namespace
+
+static int check_matmul(Arguments &x, const DLTensor *a, const DLTensor *b, const DLTensor *a2, const DLTensor *b2,
+                        const DLTensor *c) {
   const char *fn = "matmul";
-  Tensor av[2], bv[2];
-  EP_VIEW(cv, c, 2, FLOATS);
-  if (!strided(av[0], a, fn, "a") || !strided(bv[0], b, fn, "b")) return EP_INVALID_ARGUMENT;
+  if (!view(x.c, c, fn, "c", 2, NUMBERS) || !strided(x.a[0], a, fn, "a") || !strided(x.b[0], b, fn, "b"))
+    return EP_INVALID_ARGUMENT;
   EP_REQUIRE((a2 == nullptr) == (b2 == nullptr), "%s: a2 and b2 come together", fn);
-  if (a2 != nullptr && (!strided(av[1], a2, fn, "a2") || !strided(bv[1], b2, fn, "b2"))) return EP_INVALID_ARGUMENT;
-  Matmul g{};
-  g.m = cv.shape[0], g.n = cv.shape[1];
+  if (a2 != nullptr && (!strided(x.a[1], a2, fn, "a2") || !strided(x.b[1], b2, fn, "b2"))) return EP_INVALID_ARGUMENT;
+  const int64_t m = x.c.shape[0], n = x.c.shape[1];
   for (int i = 0; i < (a2 == nullptr ? 1 : 2); i++) {
-    EP_REQUIRE(av[i].shape[0] == g.m && bv[i].shape[1] == g.n && av[i].shape[1] == bv[i].shape[0],
-               "%s: (%lld, %lld) times (%lld, %lld) does not make c (%lld, %lld)", fn, (long long)av[i].shape[0],
-               (long long)av[i].shape[1], (long long)bv[i].shape[0], (long long)bv[i].shape[1], (long long)g.m, (long long)g.n);
-    g.a[i] = {av[i].data, av[i].stride[0], av[i].stride[1], av[i].dtype == BF16, nullptr};
-    g.b[i] = {bv[i].data, bv[i].stride[0], bv[i].stride[1], bv[i].dtype == BF16, nullptr};
-    g.depth[i] = av[i].shape[1];
+    EP_REQUIRE(x.a[i].shape[0] == m && x.b[i].shape[1] == n && x.a[i].shape[1] == x.b[i].shape[0],
+               "%s: (%lld, %lld) times (%lld, %lld) does not make c (%lld, %lld)", fn, (long long)x.a[i].shape[0],
+               (long long)x.a[i].shape[1], (long long)x.b[i].shape[0], (long long)x.b[i].shape[1], (long long)m, (long long)n);
   }
-  if (cv.size == 0) return EP_OK;
-  EP_REQUIRE(cv.stride[0] >= g.n || g.m == 1, "%s: rows of c overlap", fn);
+  EP_REQUIRE(x.c.size == 0 || x.c.stride[0] >= n || m == 1, "%s: rows of c overlap", fn);
+  return check_one_device(fn, {&x.c, &x.a[0], &x.b[0], &x.a[1], &x.b[1]});
+}
+
+extern "C" int64_t ep_matmul_workspace_bytes_for(const DLTensor *a, const DLTensor *b, const DLTensor *a2, const DLTensor *b2,
+                                                 const DLTensor *c) {
+  Arguments x;
+  if (check_matmul(x, a, b, a2, b2, c) != EP_OK) return 0;
+#if defined(EP_GPU)
+  if (on_gpu(x.c.device)) return device_product_bytes(device_product(x.a, x.b, x.c, 0), x.c.device);
+#endif
+  return ep_matmul_workspace_bytes(x.c.shape[0], x.c.shape[1], x.a[0].shape[1] + x.a[1].shape[1]);
+}
+
+extern "C" int ep_matmul(const DLTensor *a, const DLTensor *b, const DLTensor *a2, const DLTensor *b2, const DLTensor *c,
+                         int accumulate, void *workspace, void *stream) {
+  const char *fn = "matmul";
+  Arguments x;
+  if (int status = check_matmul(x, a, b, a2, b2, c)) return status;
+  if (x.c.size == 0) return EP_OK;
+#if defined(EP_GPU)
+  if (on_gpu(x.c.device)) return run_device_product(fn, device_product(x.a, x.b, x.c, accumulate), x.c.device, workspace, stream);
+#endif
+  (void)stream;
   EP_REQUIRE(workspace != nullptr && reinterpret_cast<uintptr_t>(workspace) % 64 == 0, "%s: workspace must be 64-byte aligned", fn);
-  g.c = cv.data, g.c_row = cv.stride[0], g.c_bf16 = cv.dtype == BF16, g.accumulate = accumulate != 0;
+  Matmul g{};
+  g.m = x.c.shape[0], g.n = x.c.shape[1];
+  for (int i = 0; i < 2; i++) {
+    g.a[i] = {x.a[i].data, x.a[i].stride[0], x.a[i].stride[1], x.a[i].dtype == BF16, nullptr};
+    g.b[i] = {x.b[i].data, x.b[i].stride[0], x.b[i].stride[1], x.b[i].dtype == BF16, nullptr};
+    g.depth[i] = x.a[i].shape[1];
+  }
+  g.c = x.c.data, g.c_row = x.c.stride[0], g.c_bf16 = x.c.dtype == BF16, g.accumulate = accumulate != 0;
   g.workspace = static_cast<float *>(workspace);
   EP_RUN(matmul, g);
   return EP_OK;
@@ -318,30 +353,82 @@ extern "C" int64_t ep_nf4_matmul_workspace_bytes(int64_t m, int64_t n, int64_t k
   return ep_matmul_workspace_bytes(m, transposed ? k : n, (transposed ? n : k) + k2);
 }
 
-extern "C" int ep_nf4_matmul(const DLTensor *a, ep_nf4_tensor weight, int64_t n, int64_t k, int transposed, const DLTensor *a2,
-                             const DLTensor *b2, const DLTensor *c, int accumulate, void *workspace, void *) {
-  const char *fn = "nf4_matmul";
-  Tensor av[2], bv;
+namespace {
+struct Nf4Arguments {
+  Tensor a[2], b[2], c;  // b[0], the weight, stays empty
   Nf4 w;
-  EP_VIEW(cv, c, 2, FLOATS);
+};
+}  // namespace
+
+static int check_nf4_matmul(Nf4Arguments &x, const DLTensor *a, const ep_nf4_tensor &weight, int64_t n, int64_t k, int transposed,
+                            const DLTensor *a2, const DLTensor *b2, const DLTensor *c) {
+  const char *fn = "nf4_matmul";
+  if (!view(x.c, c, fn, "c", 2, NUMBERS)) return EP_INVALID_ARGUMENT;
   EP_REQUIRE(n >= 0 && k >= 0 && (k == 0 || n < (int64_t(1) << 56) / k), "%s: weight (%lld, %lld) is an impossible shape", fn,
              (long long)n, (long long)k);
-  const int status = nf4_view(w, weight, n * k, fn);
-  if (status != EP_OK) return status;
-  if (!strided(av[0], a, fn, "a")) return EP_INVALID_ARGUMENT;
+  if (int status = nf4_view(x.w, weight, n * k, fn)) return status;
+  if (!strided(x.a[0], a, fn, "a")) return EP_INVALID_ARGUMENT;
   EP_REQUIRE((a2 == nullptr) == (b2 == nullptr), "%s: a2 and b2 come together", fn);
-  if (a2 != nullptr && (!strided(av[1], a2, fn, "a2") || !strided(bv, b2, fn, "b2"))) return EP_INVALID_ARGUMENT;
-  const int64_t m = cv.shape[0], columns = transposed ? k : n, depth = transposed ? n : k, depth2 = av[1].shape[1];
-  EP_REQUIRE(av[0].shape[0] == m && av[0].shape[1] == depth && cv.shape[1] == columns,
-             "%s: a (%lld, %lld) and a weight (%lld, %lld)%s do not make c (%lld, %lld)", fn, (long long)av[0].shape[0],
-             (long long)av[0].shape[1], (long long)n, (long long)k, transposed ? ", transposed," : "", (long long)m,
-             (long long)cv.shape[1]);
-  EP_REQUIRE(a2 == nullptr || (av[1].shape[0] == m && bv.shape[1] == columns && bv.shape[0] == depth2),
-             "%s: a2 (%lld, %lld) and b2 (%lld, %lld) do not make c (%lld, %lld)", fn, (long long)av[1].shape[0], (long long)depth2,
-             (long long)bv.shape[0], (long long)bv.shape[1], (long long)m, (long long)columns);
-  if (cv.size == 0) return EP_OK;
-  EP_REQUIRE(cv.stride[0] >= columns || m == 1, "%s: rows of c overlap", fn);
+  if (a2 != nullptr && (!strided(x.a[1], a2, fn, "a2") || !strided(x.b[1], b2, fn, "b2"))) return EP_INVALID_ARGUMENT;
+  const int64_t m = x.c.shape[0], columns = transposed ? k : n, depth = transposed ? n : k;
+  EP_REQUIRE(x.a[0].shape[0] == m && x.a[0].shape[1] == depth && x.c.shape[1] == columns,
+             "%s: a (%lld, %lld) and a weight (%lld, %lld)%s do not make c (%lld, %lld)", fn, (long long)x.a[0].shape[0],
+             (long long)x.a[0].shape[1], (long long)n, (long long)k, transposed ? ", transposed," : "", (long long)m,
+             (long long)x.c.shape[1]);
+  EP_REQUIRE(a2 == nullptr || (x.a[1].shape[0] == m && x.b[1].shape[1] == columns && x.b[1].shape[0] == x.a[1].shape[1]),
+             "%s: a2 (%lld, %lld) and b2 (%lld, %lld) do not make c (%lld, %lld)", fn, (long long)x.a[1].shape[0],
+             (long long)x.a[1].shape[1], (long long)x.b[1].shape[0], (long long)x.b[1].shape[1], (long long)m, (long long)columns);
+  EP_REQUIRE(x.c.size == 0 || x.c.stride[0] >= columns || m == 1, "%s: rows of c overlap", fn);
+  return check_one_device(fn, {&x.c, &x.a[0], &x.a[1], &x.b[1]});
+}
+
+#if defined(EP_GPU)
+static cuda::Nf4Matmul device_nf4_matmul(const Nf4Arguments &x, int64_t n, int64_t k, int transposed, int accumulate) {
+  cuda::Nf4Matmul on{device_product(x.a, x.b, x.c, accumulate), device_nf4(x.w), n, k, transposed != 0};
+  on.product.a[0] = operand_of(x.a[0]), on.product.depth[0] = x.a[0].shape[1];
+  return on;
+}
+#endif
+
+extern "C" int64_t ep_nf4_matmul_workspace_bytes_for(const DLTensor *a, ep_nf4_tensor weight, int64_t n, int64_t k, int transposed,
+                                                     const DLTensor *a2, const DLTensor *b2, const DLTensor *c) {
+  Nf4Arguments x;
+  if (check_nf4_matmul(x, a, weight, n, k, transposed, a2, b2, c) != EP_OK) return 0;
+#if defined(EP_GPU)
+  if (on_gpu(x.c.device)) {
+    cuda::UseDevice use(x.c.device.device_id);
+    cuda::Device device;
+    if (cuda::current_device(device) != EP_OK) return 0;
+    return cuda::nf4_matmul_workspace(device_nf4_matmul(x, n, k, transposed, 0), device.multiprocessors);
+  }
+#endif
+  return ep_nf4_matmul_workspace_bytes(x.c.shape[0], n, k, transposed, x.b[1].shape[0]);
+}
+
+extern "C" int ep_nf4_matmul(const DLTensor *a, ep_nf4_tensor weight, int64_t n, int64_t k, int transposed, const DLTensor *a2,
+                             const DLTensor *b2, const DLTensor *c, int accumulate, void *workspace, void *stream) {
+  const char *fn = "nf4_matmul";
+  Nf4Arguments x;
+  if (int status = check_nf4_matmul(x, a, weight, n, k, transposed, a2, b2, c)) return status;
+  if (x.c.size == 0) return EP_OK;
+#if defined(EP_GPU)
+  if (on_gpu(x.c.device)) {
+    cuda::UseDevice use(x.c.device.device_id);
+    cuda::Device device;
+    if (int status = cuda::current_device(device)) return status;
+    const cuda::Nf4Matmul on = device_nf4_matmul(x, n, k, transposed, accumulate);
+    if (int status = check_device_product(fn, on.product)) return status;
+    EP_REQUIRE(cuda::nf4_matmul_workspace(on, device.multiprocessors) == 0 ||
+                   (workspace != nullptr && reinterpret_cast<uintptr_t>(workspace) % 16 == 0),
+               "%s: workspace must be 16-byte aligned", fn);
+    return cuda::nf4_matmul(on, device.multiprocessors, workspace, stream);
+  }
+#endif
+  (void)stream;
   EP_REQUIRE(workspace != nullptr && reinterpret_cast<uintptr_t>(workspace) % 64 == 0, "%s: workspace must be 64-byte aligned", fn);
+  const Tensor *av = x.a, &bv = x.b[1], &cv = x.c;
+  const Nf4 &w = x.w;
+  const int64_t m = cv.shape[0], columns = transposed ? k : n, depth = transposed ? n : k, depth2 = av[1].shape[1];
   if (fused(m, k, transposed) && av[0].stride[1] == 1) {
     Nf4Few f{w,
              m,

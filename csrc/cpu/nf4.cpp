@@ -6,6 +6,7 @@
 // the sorted codebook; a tie goes down; NaN counts as above all of them. FP4's codes are then put in the order of its bit patterns.
 #include "enginepost/nf4.h"
 
+#include "dispatch.h"
 #include "isa.h"
 #include "nf4_tile.h"
 #include "parallel.h"
@@ -175,7 +176,11 @@ void nf4_dequantize(const Nf4Dequantize &a) { a.bf16 ? dequantize<bf16>(a) : deq
 
 #else
 
+#include "device_nf4.h"
+
 namespace ep {
+
+constexpr unsigned NUMBERS = FLOATS | GPU;
 
 // The quantiles of a normal distribution (Dettmers et al. 2023, QLoRA, arXiv 2305.14314, appendix E), and FP4: sign, two exponent
 // bits, one mantissa bit, over 12.
@@ -206,10 +211,10 @@ int nf4_view(Nf4 &out, const ep_nf4_tensor &w, int64_t size, const char *fn) {
   const DLTensor *packed = w.packed, *absmax = w.absmax, *nested_absmax = w.nested_absmax, *nested_code = w.nested_code;
   const int shift = nf4_shift(w.blocksize, fn);
   if (shift < 0 || !known_type(w.type, fn)) return EP_INVALID_ARGUMENT;
-  EP_VIEW(pv, packed, 1, U8);
-  EP_VIEW(av, absmax, 1, F32 | U8);
-  EP_VIEW_OPTIONAL(nv, nested_absmax, 1, F32);
-  EP_VIEW_OPTIONAL(cv, nested_code, 1, F32);
+  EP_VIEW(pv, packed, 1, U8 | GPU);
+  EP_VIEW(av, absmax, 1, F32 | U8 | GPU);
+  EP_VIEW_OPTIONAL(nv, nested_absmax, 1, F32 | GPU);
+  EP_VIEW_OPTIONAL(cv, nested_code, 1, F32 | GPU);
   const bool nested = av.dtype == U8;
   const int64_t blocks = (size + w.blocksize - 1) / w.blocksize, groups = (blocks + 255) / 256;
   EP_REQUIRE(pv.size == (size + 1) / 2, "%s: %lld elements take %lld packed bytes, got %lld", fn, (long long)size,
@@ -221,6 +226,7 @@ int nf4_view(Nf4 &out, const ep_nf4_tensor &w, int64_t size, const char *fn) {
   EP_REQUIRE(!nested || (nv.size == groups && cv.size == 256),
              "%s: %lld scales take a nested_absmax of %lld and a nested_code of 256, got %lld and %lld", fn, (long long)blocks,
              (long long)groups, (long long)nv.size, (long long)cv.size);
+  if (int status = check_one_device(fn, {&pv, &av, &nv, &cv})) return status;
   out = Nf4{reinterpret_cast<const uint8_t *>(pv.data),
             nested ? nullptr : reinterpret_cast<const float *>(av.data),
             reinterpret_cast<const uint8_t *>(av.data),
@@ -238,11 +244,11 @@ int nf4_view(Nf4 &out, const ep_nf4_tensor &w, int64_t size, const char *fn) {
 using namespace ep;
 
 extern "C" int ep_nf4_quantize(const DLTensor *x, const DLTensor *packed, const DLTensor *absmax, int64_t blocksize, int type,
-                               void *) {
+                               void *stream) {
   const char *fn = "nf4_quantize";
-  EP_VIEW(xv, x, 1, FLOATS);
-  EP_VIEW(pv, packed, 1, U8);
-  EP_VIEW(av, absmax, 1, F32);
+  EP_VIEW(xv, x, 1, NUMBERS);
+  EP_VIEW(pv, packed, 1, U8 | GPU);
+  EP_VIEW(av, absmax, 1, F32 | GPU);
   const int shift = nf4_shift(blocksize, fn);
   if (shift < 0 || !known_type(type, fn)) return EP_INVALID_ARGUMENT;
   const int64_t size = xv.size, blocks = (size + blocksize - 1) / blocksize;
@@ -251,19 +257,38 @@ extern "C" int ep_nf4_quantize(const DLTensor *x, const DLTensor *packed, const 
   if (size == 0) return EP_OK;
   float thresholds[15];
   for (int i = 0; i < 15; i++) thresholds[i] = (CODE[type][ORDER[type][i]] + CODE[type][ORDER[type][i + 1]]) / 2;
+  if (int status = check_one_device(fn, {&xv, &pv, &av})) return status;
+#if defined(EP_GPU)
+  if (on_gpu(xv.device)) {
+    cuda::Nf4Quantize on{
+        xv.data, kind_of(xv.dtype), size, reinterpret_cast<uint8_t *>(pv.data), reinterpret_cast<float *>(av.data), shift, {}, {}};
+    for (int i = 0; i < 15; i++) on.thresholds[i] = thresholds[i];
+    for (int i = 0; i < 16; i++) on.order[i] = ORDER[type][i];
+    cuda::UseDevice use(xv.device.device_id);
+    return cuda::nf4_quantize(on, stream);
+  }
+#endif
+  (void)stream;
   Nf4Quantize args{xv.data, xv.dtype == BF16, size,       reinterpret_cast<uint8_t *>(pv.data), reinterpret_cast<float *>(av.data),
                    shift,   thresholds,       ORDER[type]};
   EP_RUN(nf4_quantize, args);
   return EP_OK;
 }
 
-extern "C" int ep_nf4_dequantize(ep_nf4_tensor w, const DLTensor *out, void *) {
+extern "C" int ep_nf4_dequantize(ep_nf4_tensor w, const DLTensor *out, void *stream) {
   const char *fn = "nf4_dequantize";
-  EP_VIEW(ov, out, 1, FLOATS);
+  EP_VIEW(ov, out, 1, NUMBERS);
   Nf4Dequantize args{};
   const int status = nf4_view(args.w, w, ov.size, fn);
   if (status != EP_OK) return status;
   if (ov.size == 0) return EP_OK;
+#if defined(EP_GPU)
+  if (on_gpu(ov.device)) {
+    cuda::UseDevice use(ov.device.device_id);
+    return cuda::nf4_dequantize({device_nf4(args.w), ov.data, kind_of(ov.dtype)}, stream);
+  }
+#endif
+  (void)stream;
   args.out = ov.data, args.bf16 = ov.dtype == BF16;
   EP_RUN(nf4_dequantize, args);
   return EP_OK;

@@ -193,22 +193,36 @@ const DynamicCode &dynamic_code(bool is_signed) {
 
 }  // namespace ep
 
+#include "device_nf4.h"
+
 using namespace ep;
+
+constexpr unsigned NUMBERS = FLOATS | GPU;
 
 extern "C" const float *ep_dynamic_code(int is_signed) { return is_signed ? SIGNED : UNSIGNED; }
 
 extern "C" int ep_blockwise8_quantize(const DLTensor *x, const DLTensor *q, const DLTensor *absmax, int64_t blocksize,
-                                      int is_signed, void *) {
+                                      int is_signed, void *stream) {
   const char *fn = "blockwise8_quantize";
-  EP_VIEW(xv, x, 1, FLOATS);
-  EP_VIEW(qv, q, 1, U8);
-  EP_VIEW(av, absmax, 1, F32);
+  EP_VIEW(xv, x, 1, NUMBERS);
+  EP_VIEW(qv, q, 1, U8 | GPU);
+  EP_VIEW(av, absmax, 1, F32 | GPU);
   const int shift = nf4_shift(blocksize, fn);
   if (shift < 0) return EP_INVALID_ARGUMENT;
   const int64_t blocks = (xv.size + blocksize - 1) / blocksize;
   EP_REQUIRE(qv.size == xv.size && av.size == blocks, "%s: %lld elements need as many codes and %lld scales, got %lld and %lld", fn,
              (long long)xv.size, (long long)blocks, (long long)qv.size, (long long)av.size);
   if (xv.size == 0) return EP_OK;
+  if (int status = check_one_device(fn, {&xv, &qv, &av})) return status;
+#if defined(EP_GPU)
+  if (on_gpu(xv.device)) {
+    cuda::UseDevice use(xv.device.device_id);
+    return cuda::blockwise8_quantize({xv.data, kind_of(xv.dtype), xv.size, reinterpret_cast<uint8_t *>(qv.data),
+                                      reinterpret_cast<float *>(av.data), shift, dynamic_code(is_signed != 0).midpoint},
+                                     stream);
+  }
+#endif
+  (void)stream;
   Blockwise8 args{xv.data,
                   xv.dtype == BF16,
                   xv.size,
@@ -223,12 +237,12 @@ extern "C" int ep_blockwise8_quantize(const DLTensor *x, const DLTensor *q, cons
 }
 
 extern "C" int ep_blockwise8_dequantize(const DLTensor *q, const DLTensor *absmax, const DLTensor *code, const DLTensor *out,
-                                        int64_t blocksize, double offset, void *) {
+                                        int64_t blocksize, double offset, void *stream) {
   const char *fn = "blockwise8_dequantize";
-  EP_VIEW(qv, q, 1, U8);
-  EP_VIEW(av, absmax, 1, F32);
-  EP_VIEW(cv, code, 1, F32);
-  EP_VIEW(ov, out, 1, FLOATS);
+  EP_VIEW(qv, q, 1, U8 | GPU);
+  EP_VIEW(av, absmax, 1, F32 | GPU);
+  EP_VIEW(cv, code, 1, F32 | GPU);
+  EP_VIEW(ov, out, 1, NUMBERS);
   const int shift = nf4_shift(blocksize, fn);
   if (shift < 0) return EP_INVALID_ARGUMENT;
   const int64_t blocks = (qv.size + blocksize - 1) / blocksize;
@@ -236,6 +250,17 @@ extern "C" int ep_blockwise8_dequantize(const DLTensor *q, const DLTensor *absma
              "%s: %lld codes need as many outputs, %lld scales and a code of 256, got %lld, %lld and %lld", fn, (long long)qv.size,
              (long long)blocks, (long long)ov.size, (long long)av.size, (long long)cv.size);
   if (qv.size == 0) return EP_OK;
+  if (int status = check_one_device(fn, {&qv, &av, &cv, &ov})) return status;
+#if defined(EP_GPU)
+  if (on_gpu(qv.device)) {
+    cuda::UseDevice use(qv.device.device_id);
+    return cuda::blockwise8_dequantize(
+        {reinterpret_cast<const uint8_t *>(qv.data), reinterpret_cast<const float *>(av.data),
+         reinterpret_cast<const float *>(cv.data), qv.size, ov.data, kind_of(ov.dtype), shift, float(offset)},
+        stream);
+  }
+#endif
+  (void)stream;
   Blockwise8 args{ov.data,
                   ov.dtype == BF16,
                   qv.size,

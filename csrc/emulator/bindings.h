@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "../cuda/matmul.h"
 #include "emulator.h"
 #include "enginepost/core.h"
 #include "planted.h"
@@ -30,6 +31,10 @@ inline void bind(pybind11::module_ &m) {
     out["launches"] = s.launches, out["threads"] = s.threads, out["mma"] = s.mma, out["ldmatrix"] = s.ldmatrix;
     out["ldmatrix_conflicts"] = s.ldmatrix_conflicts, out["cp_async"] = s.cp_async, out["barriers"] = s.barriers;
     return out;
+  });
+  m.def("matmul_tile", [](int64_t m, int64_t n, int64_t depth, int multiprocessors) {
+    const gemm::Choice choice = gemm::choose(m, n, depth, multiprocessors);
+    return pybind11::make_tuple(choice.large, choice.slices);
   });
   m.def("planted_matmul",
         [](const std::string &fault, uintptr_t a, uintptr_t b, uintptr_t c, int64_t rows, int64_t columns, int64_t k, bool fp16) {

@@ -81,6 +81,7 @@ bool stopped = false;
 void (*kernel_call)(void *) = nullptr;
 void *kernel_context = nullptr;
 char message[480];
+int64_t waits = 0;  // of this block for others
 
 uint32_t random_number() {  // xorshift64*
   random_state ^= random_state >> 12, random_state ^= random_state << 25, random_state ^= random_state >> 27;
@@ -223,6 +224,7 @@ bool fences_stand() {
 void run_block(uint3 index) {
   block.index = index;
   lay_out_shared(block.shared_bytes);
+  waits = 0;
   warps.assign((block.threads + WARP - 1) / WARP, Warp());
   for (Barrier &b : barriers) b = Barrier();
   for (unsigned i = 0; i < block.threads; i++) {
@@ -275,6 +277,11 @@ void give_way() {
   warps[w].ready &= ~(1u << other.lane);
   current = &other;
   switch_fiber(self.fiber, other.fiber);
+}
+
+void wait_for_blocks() {
+  if (++waits > 1000000) stop("the block waits for one that runs after it");
+  give_way();
 }
 
 void together(const char *instruction, uint32_t mask, void *argument, void (*run)(void **, uint32_t)) {

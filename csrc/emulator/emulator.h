@@ -61,6 +61,8 @@ extern Block block;      // ... and its block
 
 // Lets other warps run: for loops that wait.
 void give_way();
+// The same, when a block waits for another one: blocks run one after the other, so what has not come soon will never come.
+void wait_for_blocks();
 
 // All lanes of `mask` meet here; the last to come calls run(arguments by lane, mask) for all of them.
 void together(const char *instruction, uint32_t mask, void *argument, void (*run)(void **arguments, uint32_t mask));

@@ -12,7 +12,7 @@ namespace emulator {
 
 namespace {
 
-enum Fault { NONE, BARRIER, WAIT, STORE, FRAGMENT, SWIZZLE, ALIGNMENT, DIVERGENCE, MASK, SYNCWARP, ARRIVE, GLOBAL };
+enum Fault { NONE, BARRIER, WAIT, STORE, FRAGMENT, SWIZZLE, ALIGNMENT, DIVERGENCE, MASK, SYNCWARP, ARRIVE, GLOBAL, SPIN };
 
 constexpr int TILE = 64, DEPTH = 32, ROW = DEPTH * 2, BUFFER = 2 * TILE * ROW;
 
@@ -83,6 +83,10 @@ __global__ void __launch_bounds__(128) sum(int fault, const float *x, float *y) 
   const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32;
   float v = x[blockIdx.x * 128 + threadIdx.x];
   if (fault == DIVERGENCE && warp == 1) return;
+  if (fault == SPIN && thread == 0) {  // for a block that would have to come first
+    while (ptx::load_acquire(reinterpret_cast<const int *>(y)) != 1) {
+    }
+  }
   if (fault == MASK && lane == 5) {
     __syncwarp();
     return;
@@ -117,9 +121,9 @@ __global__ void convert(T *bits, float *wide, int count, bool narrow) {
 }
 
 int number(const char *fault) {
-  const char *names[] = {"",          "barrier",    "wait", "store",    "fragment", "swizzle",
-                         "alignment", "divergence", "mask", "syncwarp", "arrive",   "global"};
-  for (int i = 0; i < 12; i++) {
+  const char *names[] = {"",           "barrier", "wait",     "store",  "fragment", "swizzle", "alignment",
+                         "divergence", "mask",    "syncwarp", "arrive", "global",   "spin"};
+  for (int i = 0; i < 13; i++) {
     if (std::strcmp(fault, names[i]) == 0) return i;
   }
   return -1;

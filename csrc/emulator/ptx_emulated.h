@@ -170,7 +170,10 @@ constexpr int RED_WIDTH = 1;
 inline void red_add_x4(float *p, const float (&v)[4]) {
   for (int i = 0; i < 4; i++) p[i] += v[i];
 }
-inline int load_acquire(const int *p) { return *p; }
+inline int load_acquire(const int *p) {
+  emulator::wait_for_blocks();
+  return *p;
+}
 inline void add_release(int *p, int v) { *p += v; }
 
 // ---- barriers ---------------------------------------------------------------------------------------------------------------

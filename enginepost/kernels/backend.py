@@ -81,6 +81,11 @@ def core() -> Any:
     return _core
 
 
+def emulating() -> bool:
+    """True where tensors in CPU memory go to the emulated CUDA kernels."""
+    return os.environ.get("ENGINEPOST_BACKEND") == "emulated"
+
+
 def native(*tensors: torch.Tensor | None, gpu: tuple[torch.dtype, ...] = ()) -> bool:
     """True when the native kernels take these tensors: the extension built and not disabled, all of them on the CPU and float32 or
     bfloat16, or all on the current CUDA device and of the dtypes `gpu` that the family takes there (default: it has no kernels)."""

@@ -30,10 +30,12 @@ import torch
 from torch import Tensor
 
 from enginepost.kernels.arrays import make_callable, takes_arrays
+from enginepost.kernels.backend import emulating
 from enginepost.kernels.matmul import mm
 
 KINDS = ("forward", "reverse", "js")
 BLOCK_ELEMENTS = 1 << 20  # of a block of logits: 4 MB of float32
+GPU_BLOCK_ELEMENTS = 1 << 24  # 64 MB, so that a product fills the card
 SMALLEST_OTHER = 2.0**-23  # the teacher's probability of "other" is never less, so that reverse KL stays finite
 
 
@@ -228,8 +230,10 @@ class _Side:
         return dz.div_(self.temperature) if self.temperature != 1 else dz
 
 
-def _blocks(tokens: int, vocab: int) -> Iterator[tuple[int, int]]:
-    step = min(vocab, max(64, BLOCK_ELEMENTS // max(1, tokens) // 64 * 64))
+def _blocks(student: _Side) -> Iterator[tuple[int, int]]:
+    tokens, vocab = student.hidden.shape[0], student.head.shape[0]
+    elements = GPU_BLOCK_ELEMENTS if student.hidden.is_cuda else BLOCK_ELEMENTS
+    step = min(vocab, max(64, elements // max(1, tokens) // 64 * 64))
     return ((v0, min(v0 + step, vocab)) for v0 in range(0, vocab, step))
 
 
@@ -279,11 +283,11 @@ def _result_dtype(hidden: Tensor, head: Tensor) -> torch.dtype:
 
 
 def _forward_full(student: _Side, teacher: _Side, kind: str, beta: float) -> tuple[Tensor, Tensor]:
-    tokens, vocab = student.hidden.shape[0], student.head.shape[0]
+    tokens = student.hidden.shape[0]
     like = torch.empty(0, dtype=student.dtype, device=student.hidden.device)
     p, q = _Running(tokens, like), _Running(tokens, like)
     weighted = like.new_zeros(tokens, 1)
-    for v0, v1 in _blocks(tokens, vocab):
+    for v0, v1 in _blocks(student):
         z, t = student.z(v0, v1), teacher.z(v0, v1).to(student.dtype)
         before, total = p.high - q.high, (q if kind == "forward" else p).total
         (by_p, rescale_p), (by_q, rescale_q) = p.add(z), q.add(t)
@@ -302,7 +306,7 @@ def _forward_full(student: _Side, teacher: _Side, kind: str, beta: float) -> tup
         kl = mean + less
     else:
         kl, mean = like.new_zeros(tokens, 1), like.new_zeros(tokens, 1)
-        for v0, v1 in _blocks(tokens, vocab):
+        for v0, v1 in _blocks(student):
             log_p, log_q = _log(student.z(v0, v1), norm), _log(teacher.z(v0, v1).to(student.dtype), teacher_norm)
             log_m = _log_mixture(log_p, log_q, beta)
             mean += (log_p.exp() * (log_p - log_m)).sum(1, keepdim=True)
@@ -316,7 +320,7 @@ def _forward_topk(student: _Side, ids: Tensor, logprobs: Tensor, kind: str, beta
     ids, kept, log_q = _outcomes(ids, logprobs, vocab, student.dtype)
     chosen = torch.full(ids.shape, -math.inf, dtype=student.dtype, device=ids.device)
     rest = _Running(tokens, chosen)
-    for v0, v1 in _blocks(tokens, vocab):
+    for v0, v1 in _blocks(student):
         z = student.z(v0, v1)
         row, column = (kept & (ids >= v0) & (ids < v1)).nonzero(as_tuple=True)
         token = ids[row, column] - v0
@@ -340,10 +344,10 @@ def _gradient_blocks(
     beta: float,
 ) -> Iterator[tuple[int, int, Tensor]]:
     """(v0, v1, du `[T, v1 - v0]`) of every block of the vocabulary."""
-    tokens, vocab = student.hidden.shape[0], student.head.shape[0]
+    vocab = student.head.shape[0]
     if teacher is not None:
         norm, teacher_norm, mean = state.split([2, 2, 1], dim=1)
-        for v0, v1 in _blocks(tokens, vocab):
+        for v0, v1 in _blocks(student):
             z = student.z(v0, v1)
             t = teacher.z(v0, v1).to(student.dtype)
             log_p = _log(z.clone(), norm)
@@ -372,7 +376,7 @@ def _gradient_blocks(
     slope = slope.masked_fill(none, 0.0)
     slope -= (log_p.exp() * slope).sum(1, keepdim=True)
     dz_chosen = log_p[:, :-1].exp() * slope[:, :-1]
-    for v0, v1 in _blocks(tokens, vocab):
+    for v0, v1 in _blocks(student):
         z = student.z(v0, v1)
         dz = _log(z.clone(), norm).exp_().mul_(slope[:, -1:])
         row, column = (kept & (ids >= v0) & (ids < v1)).nonzero(as_tuple=True)
@@ -415,6 +419,8 @@ def _backward_op(
     total = torch.zeros(dhidden.shape, dtype=student.dtype, device=hidden.device)
     for v0, v1, du in _gradient_blocks(student, teacher, ids, logprobs, state, kind, beta):
         du.mul_(dkl.unsqueeze(1))
+        if (head.is_cuda or emulating()) and head.dtype == torch.bfloat16:
+            du = du.to(head.dtype)  # one product; a float32 one would be made of three
         if hidden_grad:
             mm(du, head[v0:v1], out=total, accumulate=True)
         if head_grad:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from enginepost.kernels.arrays import make_callable, takes_arrays
-from enginepost.kernels.backend import core, native, plain, to_dlpack
+from enginepost.kernels.backend import GPU_HALVES, core, emulating, native, plain, to_dlpack
 
 SKIPPED = -100
 
@@ -51,7 +51,8 @@ def linear_logprob(
     """Per-token log-probability, log-sum-exp and entropy.
 
     Args:
-        hidden: `[T, K]`, weight: `[V, K]`; float32 or bfloat16 each (float64 goes to the reference), rows at any stride.
+        hidden: `[T, K]`, weight: `[V, K]`; float32 or bfloat16 each, rows at any stride. Float64 goes to the reference, and so does
+            on a GPU whatever is not both bfloat16 or both float16.
         targets: int64 `[T]`, each in `[0, V)` or -100 = skipped: such a row is left out of the matrix products.
         softcap: final-logit softcap, 0 = none. entropy: whether to compute it.
 
@@ -60,7 +61,9 @@ def linear_logprob(
         logprob, and through entropy when asked, to hidden and to weight, each where it requires one. A row's results and gradient do
         not depend on the other rows or on the thread count, to the last bit; dweight is summed in float32 over rows in their order.
 
-    Raises: ValueError that names the argument at fault, and the position and value of a target outside the vocabulary.
+    Raises: ValueError that names the argument at fault, and the position and value of a target outside the vocabulary. A GPU is not
+        waited for to look at targets: there such a row's results and gradients are NaN, and gradients of two calls are the same bits
+        only for the same number of rows.
 
     Sources: Dao et al. 2022 (FlashAttention, arXiv 2205.14135); Wijmans et al. 2024 (Cut Your Losses, arXiv 2411.09009).
 
@@ -73,7 +76,7 @@ def linear_logprob(
     0.0
     """
     _check(hidden, weight, targets, softcap)
-    if not native(hidden, weight):
+    if not _native(hidden, weight):
         return reference(hidden, weight, targets, softcap=softcap, entropy=entropy)
     if plain(hidden, weight):
         return _forward(hidden, weight, targets, softcap, entropy, False)[:3]
@@ -94,7 +97,7 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> N
         )
     if not softcap >= 0:
         raise ValueError(f"linear_logprob: softcap must be 0 (none) or positive, got {softcap}")
-    if torch.compiler.is_compiling() or native(hidden, weight):  # the kernel looks at the targets itself
+    if torch.compiler.is_compiling() or _native(hidden, weight):  # the kernel looks at the targets itself
         return
     bad = ((targets != SKIPPED) & ((targets < 0) | (targets >= weight.shape[0]))).nonzero().flatten()
     if bad.numel():
@@ -103,6 +106,11 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> N
             f"linear_logprob: targets[{at}] = {int(targets[at])} is not in the vocabulary of {weight.shape[0]} entries, "
             f"nor {SKIPPED} (skipped)"
         )
+
+
+def _native(hidden: Tensor, weight: Tensor) -> bool:
+    on_gpu = hidden.is_cuda or emulating()
+    return native(hidden, weight, gpu=GPU_HALVES) and not (on_gpu and hidden.dtype != weight.dtype)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -60,7 +60,11 @@ def reference(
     wide = torch.promote_types(x.dtype, torch.float32)
     xw = x.to(wide)
     w = torch.cat([reference_dequantize(m, wide) if isinstance(m, NF4Weight) else m.to(wide) for m in matrices(weight)])
-    masked = torch.where(keep_mask(x.shape[0], x.shape[1], dropout, seed), xw / (1 - dropout), 0.0) if dropout else xw
+    masked = (
+        torch.where(keep_mask(x.shape[0], x.shape[1], dropout, seed, x.device), xw / (1 - dropout), 0.0)
+        if dropout
+        else xw
+    )
     base = xw @ w.T
     columns = list(base.split(1, dim=1)) if base.numel() else []
     for p in parts:
@@ -121,12 +125,12 @@ def weight_shape(weight: Weight) -> tuple[int, int]:
     return sum(m.shape[0] for m in found), found[0].shape[1]
 
 
-def keep_mask(rows: int, width: int, dropout: float, seed: int) -> Tensor:
-    """bool `[rows, width]`, true with probability 1 - dropout; each element depends on (seed, row, column) alone."""
+def keep_mask(rows: int, width: int, dropout: float, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """bool `[rows, width]`, true with probability 1 - dropout; each element depends on (seed, row, column) alone, on any device."""
     key = (seed * 0x9E3779B97F4A7C15 + 0x632BE59BD9B4E019) & (2**64 - 1)
     low, high = key & 0xFFFFFFFF, key >> 32
-    lines = _mix(torch.arange(rows, dtype=torch.int64) * 0x9E3779B1 + low).unsqueeze(1)
-    bits = _mix(lines + (torch.arange(width, dtype=torch.int64) * 0x85EBCA77 + high).unsqueeze(0))
+    lines = _mix(torch.arange(rows, dtype=torch.int64, device=device) * 0x9E3779B1 + low).unsqueeze(1)
+    bits = _mix(lines + (torch.arange(width, dtype=torch.int64, device=device) * 0x85EBCA77 + high).unsqueeze(0))
     return bits >= int(dropout * 2**31)
 
 
@@ -319,7 +323,7 @@ def _row_squares(m: Matrix) -> Tensor:
 
 
 def _dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
-    return torch.where(keep_mask(x.shape[0], x.shape[1], dropout, seed), x * (1 / (1 - dropout)), 0.0)
+    return torch.where(keep_mask(x.shape[0], x.shape[1], dropout, seed, x.device), x * (1 / (1 - dropout)), 0.0)
 
 
 def _lines(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Matrix product on the CPU: `out = a b (+ a2 b2) (+ out)`, float32 accumulation.
+"""Matrix product: `out = a b (+ a2 b2) (+ out)`, float32 accumulation.
 
     mm(x, W.T)                        y = x W^T
     mm(x, W.T, a2=S, b2=B.T)          y = x W^T + S B^T, a low-rank update in the same pass over y
@@ -8,6 +8,9 @@ Which product is faster was measured, one thread. Intel Xeon with AVX-512, 1600 
 92, oneDNN's bfloat16 10; and one row, bound by the reading of b: ours reads 24 GB/s of bfloat16, torch 10. So bfloat16 goes to
 csrc/cpu/matmul.cpp, which widens while it packs, and float32 to torch. A CPU that multiplies bfloat16 at twice the rate of float32
 (AMX tiles, AMD's dot product) keeps torch's product, and so does any CPU for which we have only portable code.
+
+On a GPU ours (csrc/cuda/gemm.cuh) runs what torch has no single call for: two products into one result, and products of a 16-bit
+matrix with a float32 one, whose numbers it multiplies as sums of 16-bit parts. The rest is torch's.
 """
 
 import functools
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor
 
 from enginepost.kernels.arrays import make_callable
-from enginepost.kernels.backend import core, info, native, to_dlpack
+from enginepost.kernels.backend import GPU_FLOATS, core, emulating, info, native, to_dlpack
 
 
 @functools.cache
@@ -42,6 +45,14 @@ def reference(a: Tensor, b: Tensor, a2: Tensor | None = None, b2: Tensor | None 
     return out.to(a.dtype)
 
 
+def _ours(a: Tensor, b: Tensor, a2: Tensor | None, b2: Tensor | None, out: Tensor, mixed: bool) -> bool:
+    if not (mixed or a.dtype in (torch.bfloat16, torch.float16)) or not native(a, b, a2, b2, out, gpu=GPU_FLOATS):
+        return False
+    if a.is_cuda:
+        return (mixed or a2 is not None) and not a.dtype == b.dtype == torch.float32
+    return emulating() or widening_wins()
+
+
 def mm(
     a: Tensor, b: Tensor, out: Tensor | None = None, a2: Tensor | None = None, b2: Tensor | None = None,
     accumulate: bool = False,
@@ -49,7 +60,8 @@ def mm(
     """`out = a b + a2 b2`, or added to out when `accumulate`. No autograd: for the insides of other ops.
 
     Args: a `[M, K]`, b `[K, N]`, a2 `[M, K2]`, b2 `[K2, N]`, each contiguous along one dimension (transposed views are free),
-        float32 or bfloat16 in any mix; out `[M, N]` with contiguous rows, float32 or bfloat16; default: new, in a's dtype.
+        float32 or bfloat16 (on a GPU float16 too) in any mix; out `[M, N]` with contiguous rows, of such a dtype; default: new, in
+        a's dtype.
     Returns: out. Rounded once where the native product runs; a float32 sum of two rounded products where torch's does.
     Raises: ValueError or RuntimeError that names the shapes that do not fit.
 
@@ -61,8 +73,7 @@ def mm(
         assert not accumulate, "accumulate needs out"
         out = torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device)
     mixed = any(t is not None and t.dtype != a.dtype for t in (b, a2, b2, out))
-    half = a.dtype == torch.bfloat16 or mixed
-    if half and native(a, b, a2, b2, out) and widening_wins():
+    if _ours(a, b, a2, b2, out, mixed):
         core().matmul(
             to_dlpack(a.detach()), to_dlpack(b.detach()), None if a2 is None else to_dlpack(a2.detach()),
             None if b2 is None else to_dlpack(b2.detach()), to_dlpack(out), accumulate,

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from enginepost.kernels.backend import core, native, to_dlpack
+from enginepost.kernels.backend import GPU_FLOATS, core, emulating, native, to_dlpack
 
 TYPES = ("nf4", "fp4")
 NESTED_BLOCK = 256  # scales that share a nested scale
@@ -92,6 +92,10 @@ class NF4Weight:
             self.absmax, self.nested_absmax, self.nested_code, blocksize=NESTED_BLOCK, offset=self.offset
         )
 
+    def float_scales(self) -> Tensor:
+        """The tensor of scales that is float32: that of the nested ones where there are."""
+        return self.absmax if self.nested_absmax is None else self.nested_absmax
+
     def arguments(self) -> tuple[object, ...]:
         """The weight as the native kernels take it."""
         optional = [None if t is None else to_dlpack(t) for t in (self.nested_absmax, self.nested_code)]
@@ -129,7 +133,7 @@ def dynamic_code(signed: bool = True) -> Tensor:
 
 
 def _has_native() -> bool:
-    return native()
+    return native(gpu=GPU_FLOATS)
 
 
 def _check_format(blocksize: int, quant_type: str = "nf4") -> None:
@@ -145,9 +149,13 @@ def _check_float(x: Tensor) -> None:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """One dimension, float32 or bfloat16 (float16 widens without loss)."""
+    """One dimension, of a dtype that the kernels of its device take (float16 widens without loss)."""
     x = x.detach().reshape(-1)
-    return x.float() if x.dtype == torch.float16 else x
+    return x.float() if x.dtype == torch.float16 and not _on_gpu(x) else x
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda or emulating()
 
 
 def _scaled(x: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -165,8 +173,8 @@ def _scaled(x: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
 
 def reference_quantize(x: Tensor, blocksize: int = 64, quant_type: str = "nf4") -> tuple[Tensor, Tensor]:
     """(packed, absmax) in plain PyTorch."""
-    values = codebook(quant_type)
-    order = torch.tensor(_FP4_ORDER) if quant_type == "fp4" else torch.arange(16)
+    values = codebook(quant_type).to(x.device)
+    order = torch.tensor(_FP4_ORDER, device=x.device) if quant_type == "fp4" else torch.arange(16, device=x.device)
     scaled, absmax = _scaled(_flat(x), blocksize)
     scaled = torch.nn.functional.pad(scaled, (0, scaled.numel() % 2))
     code = order[torch.bucketize(scaled, (values[order[:-1]] + values[order[1:]]) / 2)].to(torch.uint8)
@@ -177,7 +185,7 @@ def reference_dequantize(w: NF4Weight, dtype: torch.dtype | None = None) -> Tens
     """The weight as numbers, in plain PyTorch."""
     code = torch.stack([w.packed >> 4, w.packed & 15], dim=1).view(-1)[: w.numel]
     scale = w.scales().repeat_interleave(w.blocksize)[: w.numel]
-    return (codebook(w.quant_type)[code.long()] * scale).to(dtype or w.dtype).view(w.shape)
+    return (codebook(w.quant_type).to(code.device)[code.long()] * scale).to(dtype or w.dtype).view(w.shape)
 
 
 def quantize(x: Tensor, *, blocksize: int = 64, quant_type: str = "nf4", double: bool = False) -> NF4Weight:
@@ -200,9 +208,9 @@ def quantize(x: Tensor, *, blocksize: int = 64, quant_type: str = "nf4", double:
     _check_format(blocksize, quant_type)
     _check_float(x)
     flat = _flat(x)
-    if native(flat):
-        packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8)
-        absmax = torch.empty(-(-flat.numel() // blocksize), dtype=torch.float32)
+    if native(flat, gpu=GPU_FLOATS):
+        packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=x.device)
+        absmax = torch.empty(-(-flat.numel() // blocksize), dtype=torch.float32, device=x.device)
         core().nf4_quantize(to_dlpack(flat), to_dlpack(packed), to_dlpack(absmax), blocksize, TYPES.index(quant_type))
     else:
         packed, absmax = reference_quantize(flat, blocksize, quant_type)
@@ -217,20 +225,16 @@ def nest(weight: NF4Weight) -> NF4Weight:
     offset = weight.absmax.mean()
     code, nested_absmax = quantize_blockwise(weight.absmax - offset, blocksize=NESTED_BLOCK)
     return NF4Weight(weight.packed, code, weight.shape, weight.blocksize, weight.quant_type, weight.dtype,
-                     nested_absmax, dynamic_code(), offset.item())  # fmt: skip
+                     nested_absmax, dynamic_code().to(code.device), offset.item())  # fmt: skip
 
 
 def dequantize(weight: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
     """The weight as numbers: its shape, in `dtype` (float32, bfloat16 or float16; default: the dtype it was quantised from)."""
     dtype = dtype or weight.dtype
-    wide = torch.float32 if dtype == torch.float16 else dtype
-    if (
-        not native(weight.nested_absmax)
-        or weight.packed.device.type != "cpu"
-        or wide not in (torch.float32, torch.bfloat16)
-    ):
+    wide = torch.float32 if dtype == torch.float16 and not _on_gpu(weight.packed) else dtype
+    if not native(weight.float_scales(), gpu=GPU_FLOATS) or wide not in GPU_FLOATS:
         return reference_dequantize(weight, dtype)
-    out = torch.empty(weight.shape, dtype=wide)
+    out = torch.empty(weight.shape, dtype=wide, device=weight.packed.device)
     core().nf4_dequantize(*weight.arguments(), to_dlpack(out.view(-1)))
     return out.to(dtype)
 
@@ -249,12 +253,12 @@ def quantize_blockwise(x: Tensor, *, blocksize: int = 4096, signed: bool = True)
     _check_format(blocksize)
     _check_float(x)
     flat = _flat(x)
-    if native(flat):
-        q = torch.empty(flat.shape, dtype=torch.uint8)
-        absmax = torch.empty(-(-flat.numel() // blocksize), dtype=torch.float32)
+    if native(flat, gpu=GPU_FLOATS):
+        q = torch.empty(flat.shape, dtype=torch.uint8, device=x.device)
+        absmax = torch.empty(-(-flat.numel() // blocksize), dtype=torch.float32, device=x.device)
         core().blockwise8_quantize(to_dlpack(flat), to_dlpack(q), to_dlpack(absmax), blocksize, signed)
         return q.view(x.shape), absmax
-    code = dynamic_code(signed)
+    code = dynamic_code(signed).to(x.device)
     scaled, absmax = _scaled(flat, blocksize)
     return torch.bucketize(scaled, (code[:-1] + code[1:]) / 2).to(torch.uint8).view(x.shape), absmax
 
@@ -268,8 +272,8 @@ def dequantize_blockwise(
     """
     _check_format(blocksize)
     flat = q.reshape(-1)
-    if native(absmax, code) and dtype in (torch.float32, torch.bfloat16):
-        out = torch.empty(q.shape, dtype=dtype)
+    if native(absmax, code, gpu=GPU_FLOATS) and dtype in (GPU_FLOATS if _on_gpu(q) else GPU_FLOATS[:2]):
+        out = torch.empty(q.shape, dtype=dtype, device=q.device)
         core().blockwise8_dequantize(
             to_dlpack(flat), to_dlpack(absmax), to_dlpack(code), to_dlpack(out.view(-1)), blocksize, offset
         )
@@ -285,10 +289,11 @@ def nf4_mm(
     """`out = a weight^T + a2 b2`, or `a weight + a2 b2` when `transposed`; added to out when `accumulate`. No autograd.
 
     Args: a `[M, in]` (or `[M, out]`), a2 `[M, r]`, b2 `[r, columns of out]`, out with contiguous rows: float32 or bfloat16 in
-        any mix; weight: a matrix `[out, in]`. It is decoded in panels, or element by element below
-        16 rows; never as a whole.
+        any mix (on a GPU float16 too); weight: a matrix `[out, in]`. On a CPU it is decoded in panels, or element by element below
+        16 rows, never as a whole. On a GPU it is rounded to a's dtype: up to 64 rows on its way to the product, else as a whole into
+        a buffer that the next call reuses.
     """
-    if native(a, out, a2, b2, weight.nested_absmax) and weight.packed.device.type == "cpu":
+    if native(a, out, a2, b2, weight.float_scales(), gpu=GPU_FLOATS):
         core().nf4_matmul(
             to_dlpack(a.detach()), *weight.arguments(), *weight.shape, transposed, None if a2 is None else to_dlpack(a2.detach()),
             None if b2 is None else to_dlpack(b2.detach()), to_dlpack(out), accumulate,
@@ -308,7 +313,7 @@ def row_squares(weight: NF4Weight) -> Tensor:
     whole = weight.blocksize // math.gcd(weight.blocksize, columns) * 2  # rows that fill blocks, and bytes
     step = max(1, (1 << 20) // max(1, columns * whole)) * whole
     scales = weight.scales()
-    out = torch.empty(rows, dtype=torch.float32)
+    out = torch.empty(rows, dtype=torch.float32, device=weight.packed.device)
     for row in range(0, rows, step):
         stop = min(rows, row + step)
         first, last = row * columns, stop * columns

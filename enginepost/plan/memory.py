@@ -152,12 +152,10 @@ def _standing(tape: Tape, s: Setup) -> None:
     resident, slots = weight_bytes(s)
     tape.take(resident, "weights")
     tape.take(slots, "slots")
-    tape.take(4 * sum(s.adapter_sizes), "adapters")
-    for size in trained_sizes(s):
-        eight = s.moment_bits == 8 and size >= SMALLEST8
-        tape.take(2 * size + 8 * -(-size // 256) if eight else 8 * size, "optimizer")
-        if s.full and s.itemsize != 4:
-            tape.take(4 * size, "masters")
+    trained = trained_sizes(s)
+    tape.take(0 if s.full else 4 * _total(trained), "adapters")
+    tape.take(_moment_bytes(trained, s.moment_bits), "optimizer")
+    tape.take(4 * _total(trained) if s.full and s.itemsize != 4 else 0, "masters")
     spec, tokens = s.spec, s.tokens
     tape.take(3 * 8 * tokens, "batch")
     for rope in spec.ropes:
@@ -203,8 +201,20 @@ def trained_sizes(s: Setup) -> tuple[int, ...]:
     return _parameter_sizes(s.spec) if s.full else s.adapter_sizes
 
 
+@functools.cache
+def _total(sizes: tuple[int, ...]) -> int:
+    return sum(sizes)
+
+
+@functools.cache
+def _moment_bytes(sizes: tuple[int, ...], bits: int) -> int:
+    """Both moments; in 8 bits with a float32 scale for every 256 elements (kernels/adamw.py)."""
+    eight = [bits == 8 and size >= SMALLEST8 for size in sizes]
+    return sum(2 * n + 8 * -(-n // 256) if e else 8 * n for n, e in zip(sizes, eight, strict=True))
+
+
 def _gradient_bytes(s: Setup) -> float:
-    return 4.0 * sum(trained_sizes(s))
+    return 4.0 * _total(trained_sizes(s))
 
 
 def workspace_bytes(s: Setup) -> float:

@@ -1,8 +1,13 @@
 """The emulator finds what it is there to find: planted mistakes are caught under every schedule; the right kernels are right."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
+SANITIZED = os.environ.get("ENGINEPOST_EMULATED_SANITIZE") == "1"
 SCHEDULES = ["forward", "reverse", "shuffled"]
 
 
@@ -56,6 +61,8 @@ def test_missing_syncwarp(module):
     ],
 )
 def test_wrong_accesses_stop_the_launch(module, fault, message):
+    if fault == "store" and SANITIZED:
+        pytest.skip("AddressSanitizer is there first")
     with pytest.raises(RuntimeError, match=message):
         product(module, fault)
     assert product(module, "") < 1e-4, "the next launch runs as if nothing had been"
@@ -65,6 +72,7 @@ def test_wrong_accesses_stop_the_launch(module, fault, message):
     "fault, message",
     [
         ("divergence", r"deadlock.*warp 1: lanes 0-31 have returned"),
+        ("spin", r"thread 0 \(warp 0, lane 0\): the block waits for one that runs after it"),
         ("arrive", r"deadlock.*warp 3: lanes 0-31 at barrier 1 \(32 of 128 threads\)"),
         ("mask", r"warp \d, lane \d+\): (syncwarp|shfl) of lanes 0-31, while lanes [\d,-]+ wait at (shfl|syncwarp)"),
     ],
@@ -73,6 +81,22 @@ def test_waiting_for_nobody_is_reported(module, fault, message):
     with pytest.raises(RuntimeError, match=message):
         sums(module, fault)
     assert sums(module, "")
+
+
+@pytest.mark.skipif(not SANITIZED, reason="of the build with AddressSanitizer (make sanitize)")
+@pytest.mark.parametrize("fault, message", [("store", "use-after-poison"), ("global", "heap-buffer-overflow")])
+def test_the_sanitizer_names_the_line(emulated_module, fault, message):
+    """A store beyond the shared memory of a block, and one beyond the result: the process ends at the line that did it."""
+    script = f"""
+import importlib.util, torch
+spec = importlib.util.spec_from_file_location("_emulated", {emulated_module.__file__!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+a, c = torch.zeros(64, 32).bfloat16(), torch.zeros(64, 64)
+module.planted_matmul({fault!r}, a.data_ptr(), a.data_ptr(), c.data_ptr(), 64, 64, 32, False)
+"""
+    done = subprocess.run([sys.executable, "-S", "-c", script], capture_output=True, text=True)
+    assert done.returncode != 0 and message in done.stderr and "planted.cu:" in done.stderr, done.stderr[-3000:]
 
 
 def test_bank_conflicts_are_counted(emulated_module):

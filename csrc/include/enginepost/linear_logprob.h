@@ -5,7 +5,10 @@
  *
  * hidden (T, K) and weight (V, K) are float32 or bfloat16 each, rows contiguous at any stride; targets (T) int64 in [0, V), or
  * -100: such rows cost nothing and give zeros. Arithmetic is float32. The result of a row depends neither on the other rows nor on
- * the thread count, to the last bit. */
+ * the thread count, to the last bit.
+ *
+ * On a GPU hidden and weight are of one type, bfloat16 or float16, and nobody waits to look at the targets: one that is outside of
+ * the vocabulary gives NaN. Results are the same bits every time; those of the gradients depend on the number of rows. */
 #ifndef ENGINEPOST_LINEAR_LOGPROB_H_
 #define ENGINEPOST_LINEAR_LOGPROB_H_
 
@@ -24,6 +27,10 @@ extern "C" {
 EP_EXPORT int ep_linear_logprob_forward(const DLTensor *hidden, const DLTensor *weight, const DLTensor *targets,
                                         const DLTensor *logprob, const DLTensor *lse, const DLTensor *entropy,
                                         const DLTensor *direction, double softcap, void *workspace, void *stream);
+/* Bytes for these arguments, on the device where they are; the functions that take sizes are for CPU memory. On a GPU: 0.3 GB at
+ * any T and V, beside 4 bytes a token; the backward pass has copies of hidden in its own type and in float32 beside them. */
+EP_EXPORT int64_t ep_linear_logprob_forward_workspace_bytes_for(const DLTensor *hidden, const DLTensor *weight,
+                                                                const DLTensor *direction);
 EP_EXPORT int64_t ep_linear_logprob_forward_workspace_bytes(int64_t tokens, int64_t width);
 
 /* dlogprob (T), and dentropy with entropy (T) or both NULL -> dhidden (T, K) in hidden's dtype or NULL, dweight (V, K) in weight's
@@ -32,6 +39,8 @@ EP_EXPORT int ep_linear_logprob_backward(const DLTensor *dlogprob, const DLTenso
                                          const DLTensor *weight, const DLTensor *targets, const DLTensor *lse,
                                          const DLTensor *entropy, const DLTensor *dhidden, const DLTensor *dweight, double softcap,
                                          void *workspace, void *stream);
+EP_EXPORT int64_t ep_linear_logprob_backward_workspace_bytes_for(const DLTensor *hidden, const DLTensor *weight,
+                                                                 const DLTensor *dhidden, const DLTensor *dweight);
 EP_EXPORT int64_t ep_linear_logprob_backward_workspace_bytes(int64_t tokens, int64_t width);
 
 #ifdef __cplusplus

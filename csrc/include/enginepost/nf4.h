@@ -1,5 +1,5 @@
-/* 4-bit weights (NF4, FP4) and blockwise 8-bit numbers, in the formats of bitsandbytes: see enginepost/kernels/nf4.py for the
- * rules.
+/* 4-bit weights (NF4, FP4) and blockwise 8-bit numbers, in the formats of bitsandbytes (on a GPU of float16 too): see
+ * enginepost/kernels/nf4.py for the rules.
  *
  * A tensor is quantised flat, in blocks of `blocksize` elements that share one scale, absmax; the last block may be short. Element
  * 2i is the high nibble of byte i, element 2i + 1 the low one. */
@@ -38,10 +38,14 @@ EP_EXPORT int ep_nf4_dequantize(ep_nf4_tensor w, const DLTensor *out, void *stre
  *   transposed != 0:  c (M, k) = a (M, n) weight        the gradient of its input
  *
  * plus a2 (M, K2) b2 (K2, columns of c) where given, and plus c itself where accumulate != 0. a, a2, b2, c are float32 or bfloat16,
- * laid out as ep_matmul takes them. `workspace` has ep_nf4_matmul_workspace_bytes, 64-byte aligned. */
+ * laid out as ep_matmul takes them. `workspace` has ep_nf4_matmul_workspace_bytes_for these arguments, 64-byte aligned. On a GPU
+ * the weight is rounded to a's type before it is multiplied, and for many rows it is decoded as a whole, into the workspace. */
 EP_EXPORT int ep_nf4_matmul(const DLTensor *a, ep_nf4_tensor weight, int64_t n, int64_t k, int transposed, const DLTensor *a2,
                             const DLTensor *b2, const DLTensor *c, int accumulate, void *workspace, void *stream);
-/* k2: K2, or 0. */
+/* Bytes on the device where the tensors are; 0 where they are no good (ep_nf4_matmul says why). */
+EP_EXPORT int64_t ep_nf4_matmul_workspace_bytes_for(const DLTensor *a, ep_nf4_tensor weight, int64_t n, int64_t k, int transposed,
+                                                    const DLTensor *a2, const DLTensor *b2, const DLTensor *c);
+/* The same for tensors in CPU memory, by their shapes; k2: K2, or 0. */
 EP_EXPORT int64_t ep_nf4_matmul_workspace_bytes(int64_t m, int64_t n, int64_t k, int transposed, int64_t k2);
 
 /* The dynamic 8-bit code: 256 float32 values, ascending, in [-1, 1] (is_signed) or [0, 1]. */
