@@ -117,6 +117,22 @@ EP_HOST_DEVICE constexpr int split_count(int keys) {
   return keys <= SPLIT_KEYS ? 1 : (keys + split_keys(keys) - 1) / split_keys(keys);
 }
 
+// What every choice above has to keep to: shared memory of the family, whole 16 x 16 pieces, whole rows for the threads that load.
+constexpr bool tiles_fit(int head_dim, TileFamily family) {
+  const ForwardTile f = forward_tile(head_dim, family);
+  const BackwardTile b = backward_tile(head_dim, family);
+  const int split = b.split(), row_groups = b.rows / 16;
+  return forward_shared_memory(head_dim, family) <= shared_memory_limit(family) && f.rows % (16 * f.warps) == 0 &&
+         f.keys % 16 == 0 && backward_shared_memory(head_dim, family) <= shared_memory_limit(family) && b.keys % 16 == 0 &&
+         b.warps % (b.keys / 16) == 0 && b.rows % (16 * split) == 0 && head_dim % (16 * split) == 0 && b.warps % row_groups == 0 &&
+         head_dim % (16 * (b.warps / row_groups)) == 0 && decode_shared_memory(head_dim) <= shared_memory_limit(TileFamily::SMALL);
+}
+constexpr bool all_tiles_fit(TileFamily family) {
+  return tiles_fit(64, family) && tiles_fit(96, family) && tiles_fit(128, family) && tiles_fit(192, family) &&
+         tiles_fit(256, family);
+}
+static_assert(all_tiles_fit(TileFamily::LARGE) && all_tiles_fit(TileFamily::SMALL), "a tile does not fit its family");
+
 struct Rows {  // (tokens, heads, head_dim) or pages of them; strides in elements
   void *data = nullptr;
   int64_t token = 0, head = 0, page = 0;

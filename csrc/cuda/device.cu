@@ -12,13 +12,16 @@ namespace cuda {
 
 int current_device(Device &device) {
   const int architecture = emulator::card_architecture();
-  device = {architecture, emulator::card_multiprocessors(), block_shared(architecture), block_shared(architecture) + 1024};
+  device = {architecture, emulator::card_multiprocessors(), block_shared(architecture), block_shared(architecture) + 1024,
+            architecture};
   return EP_OK;
 }
 UseDevice::UseDevice(int) { (void)before_; }
 UseDevice::~UseDevice() {}
 
 #else
+
+static __global__ void probe() {}  // compiled for the same architectures as every other kernel
 
 int current_device(Device &device) {
   static std::mutex lock;
@@ -33,7 +36,14 @@ int current_device(Device &device) {
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, id);
     cudaDeviceGetAttribute(&of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, id);
     cudaDeviceGetAttribute(&of_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id);
-    known[id] = {10 * major + minor, processors, of_block, of_processor};
+    cudaFuncAttributes code = {};
+    if (major >= 8 && cudaFuncGetAttributes(&code, probe) != cudaSuccess) {
+      cudaGetLastError();
+      return fail(EP_UNSUPPORTED,
+                  "this build has no CUDA kernels for compute capability %d.%d; build with CMAKE_CUDA_ARCHITECTURES=%d%d", major,
+                  minor, major, minor);
+    }
+    known[id] = {10 * major + minor, processors, of_block, of_processor, code.ptxVersion};
   }
   device = known[id];
   if (device.architecture < 80) {

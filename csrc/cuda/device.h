@@ -9,6 +9,7 @@ struct Device {
   int multiprocessors;  // of the card
   int block_shared;     // bytes of shared memory that one block may have
   int shared;           // bytes of shared memory of a multiprocessor
+  int compiled;  // the architecture that the code which runs on it was compiled for: kernels with tiles by architecture go by it
 };
 
 // The current device; an ep status.
