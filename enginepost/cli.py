@@ -170,16 +170,35 @@ def generate(
         typer.echo(answer)
 
 
-@app.command(epilog=_example("enginepost fuse models/SmolLM2-135M runs/sft_lora/adapter models/mine"))
+@app.command(
+    epilog=_example(
+        "enginepost fuse models/SmolLM2-135M runs/sft_lora/adapter models/mine",
+        "enginepost fuse MODEL runs/qlora/adapter OUT --base nf4",
+    )
+)
 def fuse(
-    model: Annotated[str, typer.Argument(help="The base: a Hugging Face model directory.")],
+    model: Annotated[str, typer.Argument(help="The base: a Hugging Face model directory, 16-bit or 4-bit.")],
     adapter: Annotated[str, typer.Argument(help="A PEFT LoRA adapter directory.")],
-    out: Annotated[str, typer.Argument(help="The directory to write.")],
+    out: Annotated[str, typer.Argument(help="The directory to write; its weights are 16-bit.")],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="original (default), or nf4, nf4-double, fp4: the weights after their round trip through 4 bits, which a QLoRA "
+            "adapter was trained on."
+        ),
+    ] = None,
 ) -> None:
     """Write the model with the adapter added into its weights, one tensor at a time."""
     from enginepost.checkpoint import fuse
 
-    fuse(model, adapter, out)
+    report = fuse(model, adapter, out, base=base)
+    words = {"original": "the original weights", "4bit": "the 4-bit weights of the model, written out"}
+    typer.echo(f"base: {words.get(report.base, f'the {report.base} round trip of the original weights')}")
+    if report.trained_over is not None and report.base == "original":
+        typer.secho(
+            f"note: the adapter was trained over {report.trained_over} weights; --base {report.trained_over} adds it to those",
+            fg="yellow",
+        )
     typer.echo(f"wrote {out}; try: enginepost generate {out} --prompt ...")
 
 

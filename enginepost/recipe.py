@@ -133,6 +133,8 @@ class Recipe(_Strict):
     max_steps: Count | None = None  # when given, decides instead of epochs
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     # optimizer
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # moments in 32 or in 8 bits
+    optimizer_in_backward: bool = False  # update each weight as soon as its gradient is there, and free that
     learning_rate: Annotated[float, Field(gt=0)] | None = None  # default: the method's; 2e-4 for LoRA, 1e-5 for full
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Unit = 0.03
@@ -146,7 +148,9 @@ class Recipe(_Strict):
     lora: Lora | None = Lora()  # null = full fine-tuning
     quantize: Literal["nf4", "nf4-double", "fp4"] | None = None  # the frozen weights in 4 bits (QLoRA)
     weights: Literal["resident", "host", "disk"] = "resident"  # where the frozen weights live; see docs/memory.md
-    checkpointing: bool = True  # recompute each block's activations in backward: less memory, about a quarter more time
+    # recompute each block's activations in backward: less memory, about a quarter more time. "host" and "bf16" say how the inputs of
+    # the blocks are kept: in a GPU's host memory, or rounded to bfloat16 (that alters the gradients of an fp32 run)
+    checkpointing: bool | Literal["host", "bf16"] = True
     memory: Annotated[str | None, BeforeValidator(_memory)] = None  # auto or 12GB: choose weights and checkpointing
     # run
     save_every: Count = 100  # optimizer steps between checkpoints: what a crash can cost
@@ -258,6 +262,8 @@ def load_recipe(
             f"{place}: lora: the recipe continues the adapter {checked.adapter}, so rank, scale and targets are the adapter's own; "
             "remove the key lora"
         )
+    if checked.optimizer_in_backward:
+        _check_in_backward(checked, places, name)
     for key in ("quantize", "weights"):
         if checked.lora is None and getattr(checked, key) not in (None, "resident"):
             raise RecipeError(
@@ -265,6 +271,19 @@ def load_recipe(
                 f"all of them train; remove the key {key}, or train an adapter"
             )
     return checked
+
+
+def _check_in_backward(recipe: Recipe, places: Mapping[tuple[str, ...], str], name: str) -> None:
+    for key, needed, why in (
+        ("clip", None, "the global norm is known only when every weight has moved"),
+        ("gradient_accumulation", 1, "the first micro-batch would move the weights before the others have been seen"),
+    ):
+        if getattr(recipe, key) != needed:
+            place = places.get((key,), places.get(("optimizer_in_backward",), name))
+            raise RecipeError(
+                f"{place}: {key}: with optimizer_in_backward it must be {_kind(needed)}, got {_kind(getattr(recipe, key))}: {why}; "
+                f"set `{key}: {_kind(needed)}`, or remove the key optimizer_in_backward"
+            )
 
 
 def _read(path: str, places: dict[tuple[str, ...], str]) -> dict[str, Any]:
@@ -419,7 +438,8 @@ def changed_keys(before: Recipe, after: Recipe) -> list[str]:
     a, b = before.model_dump(), after.model_dump()
     changed = []
     for key in a:
-        if key in FREE_ON_RESUME or a[key] == b[key]:
+        rounds = key == "checkpointing" and "bf16" in (a[key], b[key])
+        if (key in FREE_ON_RESUME and not rounds) or a[key] == b[key]:
             continue
         if isinstance(a[key], dict) and isinstance(b[key], dict):
             changed += [f"{key}.{inner}" for inner in a[key] if a[key][inner] != b[key].get(inner)]

@@ -37,6 +37,7 @@ from enginepost.checkpoint.writer import save_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+TRAINED_OVER = "enginepost.trained_over"
 PREFIX = "base_model.model."
 
 # What PEFT itself writes for a plain LoRA; `write_adapter` completes a configuration with these.
@@ -118,6 +119,9 @@ class Adapter:
     config: dict[str, Any]
     parts: dict[str, LoraWeights]
     full: dict[str, torch.Tensor] = field(default_factory=dict)
+    trained_over: str | None = (
+        None  # "nf4", "nf4-double", "fp4": 4-bit weights; in the metadata of the file, as PEFT has no key
+    )
 
     def scaling(self, path: str) -> float:
         """What B A is multiplied by: alpha / r, or alpha / sqrt(r) for rslora."""
@@ -160,6 +164,7 @@ def read_adapter(directory: str | os.PathLike[str], *, full_tensors: bool = Fals
         raise CheckpointError(f"{path}: no such file; an adapter directory holds {CONFIG} and {WEIGHTS}.")
     checkpoint = Checkpoint(path)
     adapter = parse_adapter(config, {name: checkpoint.tensor(name) for name in checkpoint.names}, directory)
+    adapter.trained_over = checkpoint.metadata.get(TRAINED_OVER)
     if adapter.full and not full_tensors:
         raise CheckpointError(
             f"{directory}: besides LoRA it replaces whole tensors of the model ({_some(adapter.full)}), which cannot be "
@@ -319,7 +324,8 @@ def write_adapter(directory: str | os.PathLike[str], adapter: Adapter) -> None:
                 f"alpha = {expected.alpha}; put the difference in rank_pattern and alpha_pattern."
             )
     make_directory(directory)
-    save_tensors(directory / WEIGHTS, tensors)
+    said = {} if adapter.trained_over is None else {TRAINED_OVER: adapter.trained_over}
+    save_tensors(directory / WEIGHTS, tensors, {"format": "pt", **said})
     write_json(directory / CONFIG, config)
 
 

@@ -25,6 +25,11 @@ from enginepost.data.tokenizer import Ids, Tokenizer
 
 Kind = Literal["paired", "unpaired", "stepwise"]
 GROUP = 256  # records tokenised at once
+METHODS: dict[str, Kind] = {
+    "dpo": "paired", "orpo": "paired", "simpo": "paired", "cpo": "paired", "reward": "paired", "kto": "unpaired",
+    "prm": "stepwise",
+}  # fmt: skip
+"""What each method reads."""
 
 
 @dataclass

@@ -9,10 +9,12 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from enginepost.data.dataset import Dataset, prepare
 from enginepost.data.files import Paths
 from enginepost.data.packing import Sequence, best_fit
+from enginepost.data.preferences import METHODS, prepare_preferences
 from enginepost.data.prompts import Prompts, load_prompts
 from enginepost.data.tokenizer import Tokenizer
 
@@ -68,13 +70,24 @@ def show(
     console = console or Console()
     plain = console.color_system is None or console.no_color
     tokenizer = Tokenizer.load(tokenizer_dir)
-    dataset = prepare(
-        paths, tokenizer, method=method, format=format, template=template, train_on=train_on, max_length=max_length,
-        overlong=overlong,
-    )  # fmt: skip
-    for index in range(min(rows, len(dataset))):
-        sequence = dataset[index]
-        title = f"{sequence.place} · {len(sequence.ids):,} tokens, {int(sequence.labels.sum()):,} trained on"
+    sides, lengths = [""], None
+    if method in METHODS:
+        found = prepare_preferences(
+            paths, tokenizer, kind=METHODS[method], template=template, max_length=max_length, overlong=overlong
+        )
+        dataset = found.dataset
+        if found.kind == "paired":
+            sides, lengths = [", chosen", ", rejected"], dataset.lengths.reshape(-1, 2).sum(1) - found.shared()
+        elif found.desirable is not None:
+            console.print(f"{int(found.desirable.sum()):,} good answers, {int((~found.desirable).sum()):,} bad ones")
+    else:
+        dataset = prepare(
+            paths, tokenizer, method="pretrain" if method == "pretrain" else "sft", format=format, template=template,
+            train_on=train_on, max_length=max_length, overlong=overlong,
+        )  # fmt: skip
+    for index in range(min(rows * len(sides), len(dataset))):
+        sequence, side = dataset[index], sides[index % len(sides)]
+        title = f"{sequence.place}{side} · {len(sequence.ids):,} tokens, {int(sequence.labels.sum()):,} trained on"
         console.print(
             Panel(coloured(sequence, tokenizer, brackets=plain), title=title, title_align="left", border_style="dim")
         )
@@ -84,7 +97,7 @@ def show(
         else "[bold green]trained on[/]  [dim]context[/]  [underline]special token[/]"
     )
     console.print(legend)
-    console.print(summary(dataset, max_length))
+    console.print(summary(dataset, max_length * len(sides), lengths))
     for note in dataset.report.notes():
         console.print(f"note: {note}", style="yellow", markup=False)
     return dataset
@@ -111,12 +124,13 @@ def coloured(sequence: Sequence, tokenizer: Tokenizer, *, brackets: bool = False
     return text
 
 
-def summary(dataset: Dataset, max_length: int) -> "Table":
-    """Counts, lengths, the trained share and how full the packed bins are."""
+def summary(dataset: Dataset, bin_length: int, packed: NDArray[np.int64] | None = None) -> "Table":
+    """Counts, lengths, the trained share and how full the packed bins are. packed: tokens of what is packed as one (a pair)."""
     from rich.table import Table
 
     report, lengths = dataset.report, dataset.lengths
-    bins = best_fit(np.arange(len(lengths)), lengths, max_length)
+    packed = lengths if packed is None else packed
+    bins = best_fit(np.arange(len(packed)), packed, bin_length)
     low, middle, high, top = np.percentile(lengths, [0, 50, 95, 100])
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, formats in report.formats.items():
@@ -133,6 +147,6 @@ def summary(dataset: Dataset, max_length: int) -> "Table":
         "tokens",
         f"{report.tokens:,}, of which {report.trained_tokens:,} trained on ({report.trained_tokens / report.tokens:.1%})",
     )
-    fill = report.tokens / (len(bins) * max_length)
-    table.add_row("packing", f"{len(bins):,} bins of {max_length:,} tokens, {fill:.1%} full")
+    fill = int(packed.sum()) / (len(bins) * bin_length)
+    table.add_row("packing", f"{len(bins):,} bins of {bin_length:,} tokens, {fill:.1%} full")
     return table

@@ -27,10 +27,10 @@ class KVCache:
         shape = (pages, PAGE, spec.kv_heads, spec.head_dim)
 
         def store() -> list[Tensor]:
-            return [torch.empty(shape, dtype=model.dtype, device=model.embedding.device) for _ in spec.layers]
+            return [torch.empty(shape, dtype=model.dtype, device=model.device) for _ in spec.layers]
 
         self.keys, self.values = store(), store()
-        self.slots, self.capacity, self.device = slots, capacity, model.embedding.device
+        self.slots, self.capacity, self.device = slots, capacity, model.device
         self.used = np.zeros(slots, dtype=np.int64)
         self.table = np.zeros((slots, blocks), dtype=np.int32)
         self.holders = np.zeros(pages, dtype=np.int32)  # sequences that have the page
@@ -114,4 +114,4 @@ class KVCache:
 def token_bytes(model: Transformer) -> int:
     """Bytes that one token of one sequence takes in a cache."""
     spec = model.spec
-    return 2 * len(spec.layers) * spec.kv_heads * spec.head_dim * model.embedding.element_size()
+    return 2 * len(spec.layers) * spec.kv_heads * spec.head_dim * model.dtype.itemsize

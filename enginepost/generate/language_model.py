@@ -28,17 +28,17 @@ def load(
     """A model directory, ready to use.
 
     Args: path: a Hugging Face model directory; adapter: a PEFT LoRA directory to put on top; dtype: "bfloat16" or "float32";
-        device: a torch device; quantize: None (no quantization is available).
+        device: a torch device; quantize: "nf4", "nf4-double" or "fp4" for linear layers in 4 bits (a `*-bnb-4bit` model is anyway).
     Raises: EnginepostError for a bad path, an unsupported model, an adapter that does not fit.
     """
     if dtype not in DTYPES:
         raise EnginepostError(f"dtype {dtype!r} is not known; use {' or '.join(map(repr, ('bfloat16', 'float32')))}")
-    if quantize is not None:
-        raise EnginepostError(f"quantize={quantize!r} is not supported; use None and dtype='bfloat16'")
     # An adapter may have a tokenizer beside it: that of its training, chat template included.
     beside = adapter is not None and (Path(adapter) / "tokenizer_config.json").exists()
     tokenizer = adapter if adapter is not None and beside else path
-    return LanguageModel(load_model(path, dtype=DTYPES[dtype], device=device, adapter=adapter), tokenizer)
+    return LanguageModel(
+        load_model(path, dtype=DTYPES[dtype], device=device, adapter=adapter, quantize=quantize), tokenizer
+    )
 
 
 class LanguageModel:
@@ -83,7 +83,7 @@ class LanguageModel:
         return [part[:-1] for part in logprob.split([len(s) for s in sequences])]
 
     def _hidden(self, sequences: list[Tensor]) -> Tensor:
-        device = self.model.embedding.device
+        device = self.model.device
         starts = torch.tensor([0, *(len(s) for s in sequences)]).cumsum(0)
         positions = torch.cat([torch.arange(len(s)) for s in sequences])
         return self.model.hidden(

@@ -55,6 +55,11 @@ class PackedMatrix:
     dtype: torch.dtype
     offset: float
 
+    @property
+    def kind(self) -> str:
+        """ "nf4", "nf4-double", "fp4" or "fp4-double"."""
+        return self.quant_type + ("-double" if len(self.pieces) > 2 else "")
+
     def view(self, blob: Tensor) -> NF4Weight:
         packed, absmax, *nested = (piece.view(blob) for piece in self.pieces)
         return NF4Weight(
@@ -85,8 +90,12 @@ class BlobLayout:
     nbytes: int
 
     @property
+    def matrices(self) -> list[PackedMatrix | PlainMatrix]:
+        return [part for parts in self.linears.values() for part in parts]
+
+    @property
     def pieces(self) -> list[Piece]:
-        return [piece for parts in self.linears.values() for part in parts for piece in part.pieces]
+        return [piece for part in self.matrices for piece in part.pieces]
 
     def views(self, blob: Tensor) -> dict[str, Weight]:
         """The weights, as views of a blob (uint8 `[nbytes]`, on any device)."""

@@ -229,7 +229,7 @@ def save_adapter(
         )
         for path, u in found.items()
     }  # fmt: skip
-    write_adapter(directory, Adapter(config, parts, dict(full or {})))
+    write_adapter(directory, Adapter(config, parts, dict(full or {}), trained_over=model.quantization))
 
 
 def _whole(x: float) -> float:

@@ -2,7 +2,7 @@
 
     resident   in the memory of the device that computes
     host       in pinned host memory; a CPU computes from there, so on it this is `resident`
-    disk       in the files of the checkpoint, read again every time
+    disk       in the files of the checkpoint, read again every time; on a CPU embedding and head too, which a GPU keeps
 
 Streamed weights pass through a few slots, each as large as the largest blob (`enginepost.model.blob`). While block i computes, a
 thread fills the slot of the block that comes next in the direction of travel:
@@ -31,7 +31,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from enginepost.checkpoint import CheckpointError
+from enginepost.checkpoint import Checkpoint, CheckpointError
 from enginepost.checkpoint.reader import Source
 from enginepost.model.blob import BlobLayout
 
@@ -67,6 +67,47 @@ def place(
         blobs.append(blob)
     _close(sources)
     return Stream(blocks, layouts, lambda i, blob: blobs[i], device, slots) if pinned else None
+
+
+class StoredTable:
+    """A `[rows, columns]` matrix that stays in its file, of a model on a CPU: the embedding, the head. It is read when it is asked
+    for, and freed when it is used up, so the head is in memory only while the loss is made.
+
+    Raises: WeightsError where it cannot be read any more.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> None:
+        self.name, self.shape, self.dtype = name, torch.Size(checkpoint.shape(name)), dtype
+        self._stored, self._offset = checkpoint.dtype(name), checkpoint.offset(name)
+        self._source = Source(checkpoint.file(name))
+        weakref.finalize(self, self._source.close)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """ids int64 `[T]` -> `[T, columns]`."""
+        wanted, place = ids.unique(return_inverse=True)
+        found = torch.empty(len(wanted), self.shape[1], dtype=self.dtype)
+        for i, row in enumerate(wanted.tolist()):
+            self._read(row, found[i])
+        return found[place]
+
+    def whole(self) -> Tensor:
+        """All of it, new."""
+        out = torch.empty(self.shape, dtype=self.dtype)
+        self._read(0, out)
+        return out
+
+    def _read(self, row: int, out: Tensor) -> None:
+        try:
+            self._source.read_into(self._offset + row * self.shape[1] * self._stored.itemsize, self._stored, out)
+        except CheckpointError as error:
+            raise _lost(self.name, error) from None
+
+
+def _lost(what: str, error: CheckpointError) -> WeightsError:
+    return WeightsError(
+        f"the frozen weights of {what} cannot be read any more: {error} What is being trained is not affected; put the file back "
+        "as it was and resume the run."
+    )
 
 
 def _close(sources: Mapping[Path, Source]) -> None:
@@ -170,10 +211,7 @@ class Stream:
             ready = slot.filled.result()
         except CheckpointError as error:
             slot.holds, self._here = None, None
-            raise WeightsError(
-                f"the frozen weights of block {index} cannot be read any more: {error} What is being trained is not affected; "
-                "put the file back as it was and resume the run."
-            ) from None
+            raise _lost(f"block {index}", error) from None
         if ready is not None:
             torch.cuda.current_stream(self._device).wait_event(ready)
         give(self._blocks[index], self._layouts[index].views(slot.buffer))

@@ -66,7 +66,7 @@ def head_scores(model: Any, head: nn.Linear, hidden: Tensor) -> Tensor:
 
 def new_head(model: Any, labels: int, *, bias: bool, seed: int) -> nn.Linear:
     """A float32 head as Hugging Face starts it: normal with the config's initializer_range, bias zero."""
-    head = nn.Linear(model.spec.hidden_size, labels, bias=bias, device=model.embedding.device)
+    head = nn.Linear(model.spec.hidden_size, labels, bias=bias, device=model.device)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         head.weight.copy_(
@@ -132,7 +132,7 @@ def _head(model: Transformer, tensors: dict[str, Tensor], path: Path) -> nn.Line
         raise EnginepostError(
             f"{path}: expected score.weight of shape [labels, {model.spec.hidden_size}], found {found}"
         )
-    head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=model.embedding.device)
+    head = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=model.device)
     with torch.no_grad():
         head.weight.copy_(weight)
         if bias is not None:

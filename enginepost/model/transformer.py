@@ -11,6 +11,7 @@ There is no batch dimension and no mask: `cu_seqlens` says where the sequences o
 the checkpoint's matrices one below the other; `enginepost.model.weights` knows which rows are whose.
 """
 
+import functools
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -25,12 +26,13 @@ from enginepost.kernels.lora import LoraPart, Weight, lora_linear
 from enginepost.kernels.matmul import mm
 from enginepost.kernels.norm import add_rms_norm, rms_norm
 from enginepost.kernels.rope import rope
+from enginepost.model.recompute import Kept, recompute
 from enginepost.model.rotary import tables
 from enginepost.model.spec import LayerSpec, ModelSpec
 
 if TYPE_CHECKING:
     from enginepost.model.lora import LoraSettings
-    from enginepost.model.residency import Stream
+    from enginepost.model.residency import StoredTable, Stream
 
 _Tables = tuple[Tensor, Tensor] | None
 FEW_ROWS = 16  # a product with fewer is bound by reading the weight
@@ -167,32 +169,43 @@ class Transformer(nn.Module):
     """A language model. Weights are uninitialized until `enginepost.model` loads or creates them.
 
     Attributes: spec; config: the config.json it came from; checkpointing: recompute each block's activations in the backward
-    pass instead of keeping them (same bits, less memory); dropout_seed: keys the dropout of LoRA, to be set anew for every
-    micro-batch of a training run; stream: feeds the blocks their weights where those do not stay (`enginepost.model.residency`).
+    pass instead of keeping them (same bits, less memory): True, or how the inputs are kept (`enginepost.model.recompute`);
+    dropout_seed: keys the dropout of LoRA, to be set anew for every micro-batch of a training run; stream: feeds the blocks their
+    weights where those do not stay (`enginepost.model.residency`).
     """
 
     def __init__(
         self, spec: ModelSpec, config: dict[str, Any], dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu", linears: torch.device | str | None = None,
+        tables: torch.device | str | None = None,
     ) -> None:  # fmt: skip
-        """linears: where the weights of the blocks' linear layers are made, "meta" for nowhere; default: device."""
+        """linears: where the weights of the blocks' linear layers are made, "meta" for nowhere; tables: the same of embedding and
+        head; default: device."""
         super().__init__()
         device = torch.device(device)
         home = device if linears is None else torch.device(linears)
         self.spec, self.config = spec, config
-        self.checkpointing = False
+        self.checkpointing: bool | Kept = False
         self.dropout_seed = 0
         self.stream: Stream | None = None
+        self.quantization: str | None = None  # "nf4", "nf4-double", "fp4", "fp4-double": of linear layers in 4 bits
         self.lora_settings: LoraSettings | None = None
-        self.embedding = nn.Parameter(torch.empty(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device))
+        self.embedding: Tensor | StoredTable = nn.Parameter(
+            torch.empty(spec.vocab_size, spec.hidden_size, dtype=dtype, device=device if tables is None else tables)
+        )
         self.blocks = nn.ModuleList(Block(spec, i, dtype, device, home) for i in range(len(spec.layers)))
         self.norm = nn.Parameter(torch.empty(spec.hidden_size, dtype=dtype, device=device))
-        self.head = None if spec.tied else nn.Parameter(torch.empty_like(self.embedding))
+        self.head: Tensor | StoredTable | None = None if spec.tied else nn.Parameter(torch.empty_like(self.embedding))
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights and the activations."""
-        return self.embedding.dtype
+        return self.norm.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the activations."""
+        return self.norm.device
 
     @property
     def frozen(self) -> bool:
@@ -201,8 +214,10 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """`[V, H]`: the weight that turns hidden states into logits."""
-        return self.embedding if self.head is None else self.head
+        """`[V, H]`: the weight that turns hidden states into logits. Read from its file each time where it lives on disk, so that it
+        is in memory as long as someone holds it."""
+        head = self.embedding if self.head is None else self.head
+        return head if isinstance(head, Tensor) else head.whole()
 
     def hidden(self, ids: Tensor, cu_seqlens: Tensor, positions: Tensor, cache: Cache | None = None) -> Tensor:
         """Hidden states after the final norm, ready for the head.
@@ -212,27 +227,32 @@ class Transformer(nn.Module):
         """
         self._check(ids)
         spec = self.spec
-        h = F.embedding(ids, self.embedding)
+        table = self.embedding
+        h = F.embedding(ids, table) if isinstance(table, Tensor) else table.rows(ids)
         if spec.embedding_scale != 1.0:
             # Rounded to the weights' dtype first: Gemma was trained so.
             h = h * float(torch.tensor(spec.embedding_scale, dtype=h.dtype))
         turns = [tables(r, positions, cu_seqlens) for r in spec.ropes]
-        recompute = self._recomputes(cache) and torch.is_grad_enabled()
+        recompute_blocks = self._recomputes(cache) and torch.is_grad_enabled()
         seed = self.dropout_seed * 4 * len(self.blocks)
         for i in range(len(self.blocks)):
             index = spec.layers[i].rope
             turn = None if index is None else turns[index]
-            if recompute:
-                h = checkpoint(
-                    self._run, i, h, cu_seqlens, turn, seed + 4 * i, cache, use_reentrant=False, preserve_rng_state=False
-                )  # fmt: skip
+            run = functools.partial(
+                self._run, i, cu_seqlens=cu_seqlens, turn=turn, seed=seed + 4 * i, cache=cache
+            )  # fmt: skip
+            if recompute_blocks and isinstance(self.checkpointing, str):
+                trains = any(p.requires_grad for p in self.blocks[i].parameters())
+                h = recompute(run, h, trains, self.checkpointing)
+            elif recompute_blocks:
+                h = checkpoint(run, h, use_reentrant=False, preserve_rng_state=False)
             else:
-                h = self._run(i, h, cu_seqlens, turn, seed + 4 * i, cache)
+                h = run(h)
         h = rms_norm(h, self.norm, spec.eps, offset=spec.norm_offset)
         return h if spec.logit_scale == 1.0 else h * spec.logit_scale
 
     def _recomputes(self, cache: Cache | None) -> bool:
-        return self.checkpointing and (cache is None or not cache.keeps)
+        return self.checkpointing is not False and (cache is None or not cache.keeps)
 
     def _run(
         self, i: int, h: Tensor, cu_seqlens: Tensor, turn: _Tables, seed: int, cache: Cache | None = None

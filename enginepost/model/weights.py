@@ -25,9 +25,9 @@ from enginepost.checkpoint import (
 )
 from enginepost.checkpoint.cache import quantized_copy
 from enginepost.errors import EnginepostError
-from enginepost.model.blob import blob_layout
+from enginepost.model.blob import PackedMatrix, blob_layout
 from enginepost.model.layout import Entry, layout, read_config, starting_value
-from enginepost.model.residency import SLOTS, Residency, place
+from enginepost.model.residency import SLOTS, Residency, StoredTable, place
 from enginepost.model.spec import FAMILIES, ModelSpec
 from enginepost.model.transformer import Transformer
 
@@ -69,15 +69,24 @@ def load_model(
     entries = layout(spec)
     streamed = weights == "disk" or (weights == "host" and device.type != "cpu")
     frozen = streamed or any(is_quantized(checkpoint, entry.name) for entry in entries)
-    model = Transformer(spec, config, dtype, device, linears="meta" if frozen else None)
+    on_disk = weights == "disk" and device.type == "cpu"
+    model = Transformer(
+        spec, config, dtype, device, linears="meta" if frozen else None, tables="meta" if on_disk else None
+    )
     own = dict(model.named_parameters())
     for entry in entries:
         if not is_quantized(checkpoint, entry.name):
             _check_dtype(checkpoint.dtype(entry.name), entry, path)
-        if not (frozen and entry.linear):
+        if on_disk and entry.parameter in ("embedding", "head"):
+            del model._parameters[entry.parameter]
+            setattr(model, entry.parameter, StoredTable(checkpoint, entry.name, dtype))
+        elif not (frozen and entry.linear):
             _read(checkpoint, entry, own[entry.parameter].detach()[entry.start : entry.stop])
     if frozen:
         layouts = [blob_layout(checkpoint, spec, i, dtype) for i in range(len(spec.layers))]
+        model.quantization = next(
+            (p.kind for found in layouts for p in found.matrices if isinstance(p, PackedMatrix)), None
+        )
         model.stream = place(list(model.blocks), layouts, device, weights if streamed else "resident", slots)
     if adapter is not None:
         from enginepost.model.lora import load_adapter

@@ -136,8 +136,8 @@ def step_peak(s: Setup) -> Peak:
         # Gradients of the blocks after this one are there already; with more than one micro-batch all are, from the first on.
         # Float32 gradients beside bfloat16 parameters are never given back (train/optimizer.py).
         always = s.micro_batches > 1 or (s.full and s.itemsize != 4)
-        share = 1.0 if always else (layers - 1 - block) / layers
-        there = tape.take(0 if s.in_backward else gradients * share, "gradients")
+        share = (layers - 1 - block) / layers
+        there = tape.take(0 if s.in_backward else gradients if always else _passed(s, share), "gradients")
         _play(tape, s, block)
         tape.free(there)
     tape.moment = "the optimizer's step"
@@ -201,6 +201,15 @@ def trained_sizes(s: Setup) -> tuple[int, ...]:
     return _parameter_sizes(s.spec) if s.full else s.adapter_sizes
 
 
+def _passed(s: Setup, share: float) -> float:
+    """Gradients that are there when the backward pass has gone through a share of the blocks: the table's comes last."""
+    if not s.full:
+        return _gradient_bytes(s) * share
+    table = 4.0 * s.spec.vocab_size * s.spec.hidden_size
+    head = 0.0 if s.spec.tied else table
+    return head + share * (_gradient_bytes(s) - table - head)
+
+
 @functools.cache
 def _total(sizes: tuple[int, ...]) -> int:
     return sum(sizes)
@@ -257,7 +266,11 @@ def _play(tape: Tape, s: Setup, block: int) -> None:
     _backward(tape, s, _forward(tape, s)[1], h)
     if block == 0 and s.full:
         # The table's own gradient is dense; with a tied head the two are added when both are there.
-        tape.free(tape.take(spec.vocab_size * spec.hidden_size * s.itemsize * (2 if spec.tied else 1), "head"))
+        tape.free(
+            tape.take(
+                spec.vocab_size * spec.hidden_size * s.itemsize * (2 if spec.tied and s.itemsize != 4 else 1), "head"
+            )
+        )
     tape.free(dout, mine, inputs, trained_embedding)
     if not s.checkpointing:
         tape.free(others)

@@ -59,7 +59,7 @@ def setup_of(
         micro_batches=recipe.gradient_accumulation,
         itemsize=ITEMSIZE[recipe.dtype],
         full=recipe.lora is None,
-        checkpointing=recipe.checkpointing,
+        checkpointing=recipe.checkpointing is not False,
         quantize=recipe.quantize or _stored_in_4_bits(config),
         weights=recipe.weights,
         moment_bits=8 if getattr(recipe, "optimizer", "adamw") == "adamw8bit" else 32,

@@ -30,9 +30,10 @@ from enginepost.model.residency import WeightsError
 from enginepost.model.spec import ModelSpec
 from enginepost.recipe import Recipe, load_recipe
 from enginepost.train import budget, methods, weights
+from enginepost.train.heap import give_back
 from enginepost.train.methods.method import Method, Metrics, MicroBatch, Work, add_metrics, mean_metrics
 from enginepost.train.monitor import Monitor, SpikeWatch, resident_bytes
-from enginepost.train.optimizer import AdamW
+from enginepost.train.optimizer import AdamW, NotFinite
 from enginepost.train.schedule import learning_rate
 from enginepost.train.state import RunDirectory, read_state, trainer_state, write_file
 
@@ -72,6 +73,7 @@ def train(recipe: str | os.PathLike[str] | Mapping[str, Any], *, resume: bool = 
 
 def _train(recipe: Recipe, run: RunDirectory, command: str) -> None:
     method = methods.create(recipe)
+    give_back()
     recipe = budget.settle(recipe, say=print)
     with budget.guarded(recipe):
         _steps(recipe, run, method, command)
@@ -89,6 +91,8 @@ def _steps(recipe: Recipe, run: RunDirectory, method: Method, command: str) -> N
         betas=(recipe.betas[0], recipe.betas[1]),
         eps=recipe.eps,
         weight_decay=recipe.weight_decay,
+        bits=8 if recipe.optimizer == "adamw8bit" else 32,
+        in_backward=recipe.optimizer_in_backward,
     )
     step = 0
     history: list[dict[str, Any]] = []
@@ -192,10 +196,18 @@ def optimizer_step(
 ) -> tuple[float, dict[str, float], float]:
     """Forward and backward over the micro-batches, clip, update. Returns (loss, metrics, gradient norm before clipping).
 
-    Raises TrainingError, the weights untouched, when loss or norm is not finite."""
+    Raises TrainingError when loss or norm is not finite: the weights untouched, but for a norm with `optimizer_in_backward`."""
     recipe = method.recipe
-    optimizer.zero_grad()
-    loss, metrics = accumulate(model, method, work, step=step, run=run)
+    if optimizer.in_backward and len(work.micro_batches) != 1:
+        raise TrainingError(
+            f"step {step}: {recipe.method} makes {len(work.micro_batches)} micro-batches of it, and with optimizer_in_backward "
+            "the first would move the weights before the others have been seen; remove the key optimizer_in_backward"
+        )
+    optimizer.zero_grad(lr=lr)
+    try:
+        loss, metrics = accumulate(model, method, work, step=step, run=run)
+    except NotFinite as error:
+        raise _not_finite(str(error), step, work.micro_batches, run, "in the middle of") from None
     norm = optimizer.grad_norm()
     if not math.isfinite(norm):
         raise _not_finite(f"the gradient norm became {norm}", step, work.micro_batches, run)
@@ -262,11 +274,13 @@ def _listed(batches: list[MicroBatch]) -> str:
     return ", ".join(rows[:LISTED_ROWS]) + more
 
 
-def _not_finite(what: str, step: int, batches: list[MicroBatch], run: RunDirectory | None) -> TrainingError:
+def _not_finite(
+    what: str, step: int, batches: list[MicroBatch], run: RunDirectory | None, when: str = "before"
+) -> TrainingError:
     saved = run.checkpoints() if run else []
     last = f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
     return TrainingError(
-        f"step {step}: {what}; training stopped before the update and {last}. Rows: {_listed(batches)}. Look at these rows, lower "
+        f"step {step}: {what}; training stopped {when} the update and {last}. Rows: {_listed(batches)}. Look at these rows, lower "
         "learning_rate, or try dtype=fp32"
     )
 

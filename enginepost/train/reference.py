@@ -41,7 +41,7 @@ class Reference:
             raise EnginepostError(f"reference: {named}: no such directory; give a model or an adapter directory")
         is_adapter = named is not None and (pathlib.Path(named) / "adapter_config.json").exists()
         if recipe.lora is None or (named is not None and not is_adapter):
-            self.other = load_model(named if named is not None and not is_adapter else recipe.model, dtype=model.dtype)
+            self.other = _load(recipe, model, named if named is not None and not is_adapter else recipe.model)
             self.files = [named] if named is not None and not is_adapter else [recipe.model]
             if is_adapter and named is not None:
                 load_adapter(self.other, named)
@@ -50,7 +50,7 @@ class Reference:
             source = named or recipe.adapter
             assert source is not None
             self.files.append(source)
-            self.other = load_model(recipe.model, dtype=model.dtype) if not _same_shape(model, source) else None
+            self.other = _load(recipe, model, recipe.model) if not _same_shape(model, source) else None
             if self.other is not None:
                 load_adapter(self.other, source)
             else:
@@ -82,6 +82,12 @@ class Reference:
                         yield model
             finally:
                 model.train(was_training)
+
+
+def _load(recipe: Recipe, model: Any, directory: str) -> Any:
+    """A frozen model, kept as the recipe keeps the policy's frozen weights."""
+    residency = recipe.weights if recipe.lora is not None else "resident"
+    return load_model(directory, dtype=model.dtype, quantize=recipe.quantize, weights=residency)
 
 
 def _parameters(model: Any) -> dict[str, nn.Parameter]:

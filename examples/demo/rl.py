@@ -27,8 +27,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "dapo": {"method": "grpo", "loss": "dapo", "rollout_prompts": 12, "num_generations": 8, "num_mini_batches": 4},
     "rloo": {"method": "rloo", "rollout_prompts": 32, "num_generations": 4, "num_mini_batches": 4, "beta": 0.0},
     "ppo": {
-        "method": "ppo", "rollout_prompts": 64, "num_generations": 2, "num_iterations": 2, "num_mini_batches": 4,
-        "value_coef": 0.5, "target_kl": 1.0, "kl_horizon": 500,
+        "method": "ppo", "rollout_prompts": 32, "num_generations": 4, "num_iterations": 2, "num_mini_batches": 2,
+        "value_coef": 0.5, "target_kl": 5.0, "kl_horizon": 200, "learning_rate": 5e-4, "max_steps": 200,
     },
 }  # fmt: skip
 

@@ -54,6 +54,32 @@ def test_brackets_where_there_is_no_colour(jsonl: Callable[..., Path]) -> None:
     assert "【" not in colour.getvalue() and "\x1b[1;32m[bold]6" in colour.getvalue()
 
 
+def test_show_pairs_and_grades(jsonl: Callable[..., Path]) -> None:
+    out = io.StringIO()
+    pair = {"prompt": [{"role": "user", "content": "a b"}]}
+    pair |= {side: [{"role": "assistant", "content": text}] for side, text in (("chosen", "yes"), ("rejected", "no"))}
+    show(
+        jsonl(*[pair] * 4),
+        MODEL,
+        method="dpo",
+        template="chatml",
+        max_length=64,
+        rows=1,
+        console=Console(width=120, file=out),
+    )
+    text = out.getvalue()
+    assert (
+        ":1, chosen · " in text
+        and ":1, rejected · " in text
+        and "【yes<|im_end|>】" in text
+        and "【no<|im_end|>】" in text
+    )
+    assert ":2, " not in text and "bins of 128 tokens" in text and "4 read, 8 sequences" in text
+    out = io.StringIO()
+    show(jsonl(*[pair] * 3), MODEL, method="kto", template="chatml", console=Console(width=120, file=out))
+    assert "3 good answers, 3 bad ones" in out.getvalue()
+
+
 def test_show_refuses_what_training_refuses(jsonl: Callable[..., Path]) -> None:
     with pytest.raises(DataError, match="no token to train on"):
         show(jsonl({"messages": ROW["messages"][:1]}), MODEL, template="chatml")

@@ -104,8 +104,8 @@ def test_adapter(model, directory, tmp_path):
 def test_errors(model, directory, tmp_path):
     with pytest.raises(EnginepostError, match="dtype 'int8' is not known"):
         enginepost.load(directory, dtype="int8")
-    with pytest.raises(EnginepostError, match="quantize='nf4' is not supported"):
-        enginepost.load(directory, quantize="nf4")
+    with pytest.raises(EnginepostError, match="quantize 'int4' is not known; use nf4, nf4-double, fp4"):
+        enginepost.load(directory, quantize="int4")
     with pytest.raises(EnginepostError, match="either prompts or messages"):
         model.generate()
     with pytest.raises(EnginepostError, match="one sequence"):

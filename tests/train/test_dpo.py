@@ -15,7 +15,7 @@ import torch
 import enginepost.train.loop as loop
 from enginepost.checkpoint import Checkpoint
 from enginepost.errors import EnginepostError
-from enginepost.model import adapter_off
+from enginepost.model import adapter_off, create_model, save_model
 from enginepost.recipe import load_recipe
 from enginepost.train import methods, weights
 from enginepost.train.answers import token_logprobs
@@ -188,6 +188,33 @@ def test_first_loss_is_ln_2(dpo: MakeRecipe, dtype: str, lora: Any) -> None:
         "entropy",
     }
     assert names <= lines[0].keys()
+
+
+def test_first_loss_is_ln_2_in_bfloat16_at_a_real_width(dpo: MakeRecipe, tmp_path: pathlib.Path) -> None:
+    """Wide enough that a layer without its adapter rounds otherwise than one whose adapter is still zero."""
+    config = json.loads(pathlib.Path(dpo()["model"], "config.json").read_text())
+    config |= {
+        "hidden_size": 576,
+        "intermediate_size": 768,
+        "head_dim": 64,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    }
+    save_model(create_model(config), tmp_path / "wide", source=dpo()["model"])
+    keys = {
+        "model": str(tmp_path / "wide"),
+        "dtype": "bf16",
+        "max_steps": 1,
+        "batch_size": 4,
+        "gradient_accumulation": 1,
+    }
+    assert metrics(train(dpo(**keys)))[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    model = weights.load(load_recipe(dpo(**keys)), torch.bfloat16, None).eval()
+    batch = methods.create(load_recipe(dpo(**keys))).rows.batch([0, 1, 2])
+    with torch.no_grad():
+        on = token_logprobs(model, batch)[0]
+        with adapter_off(model):
+            assert not torch.equal(token_logprobs(model, batch)[0], on)  # or this test would say nothing
 
 
 def test_a_reference_that_is_not_the_policy_is_noticed(dpo: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:

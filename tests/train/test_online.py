@@ -174,7 +174,10 @@ def test_how_a_step_is_cut_changes_nothing(recipe: MakeRecipe, tmp_path: pathlib
         assert all((g - found[0][2][n]).abs().max() < 1e-4 * scale for n, g in grads.items())
 
 
-@pytest.mark.parametrize("flavour", ["grpo", "dapo", "gspo", "cispo, full", "rloo", "ppo"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("dapo", "gspo", "cispo, full")]
+
+
+@pytest.mark.parametrize("flavour", ["grpo", "rloo", "ppo", *SLOW])
 def test_the_reward_rises(recipe: MakeRecipe, tmp_path: pathlib.Path, flavour: str) -> None:
     """A tenth of the vocabulary is rewarded, and the policy comes to prefer it."""
     method, own = FLAVOURS[flavour]

@@ -69,7 +69,7 @@ def taught(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: pathlib.Pat
     return out
 
 
-@pytest.mark.parametrize("method", ["grpo", "ppo"])
+@pytest.mark.parametrize("method", ["grpo", pytest.param("ppo", marks=pytest.mark.slow)])
 def test_exact_match_rises(taught: pathlib.Path, method: str) -> None:
     """By ten points and more in the whole, where the demo's bar is ten; for ppo the KL also ends in the band."""
     base = taught / "sft" / "model"

@@ -1,11 +1,13 @@
 """AdamW over named parameters against torch's, masters in float32, state in and out."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from enginepost.errors import EnginepostError
-from enginepost.train.optimizer import AdamW
+from enginepost.train.optimizer import AdamW, NotFinite
 
 
 def parameters(dtype: torch.dtype, seed: int = 0) -> dict[str, nn.Parameter]:
@@ -72,7 +74,76 @@ def test_state_goes_out_and_in(dtype: torch.dtype) -> None:
         backward(params, 9)
         optimizer.step(lr=1e-2)
     assert all(torch.equal(a[n], b[n]) for n in a)
-    with pytest.raises(EnginepostError, match=r"exp_avg\.matrix: expected shape \[7, 5\], found nothing"):
+    with pytest.raises(
+        EnginepostError, match=r"exp_avg\.matrix: expected torch\.float32 of shape \[7, 5\], found nothing"
+    ):
         second.load({n: t for n, t in saved.items() if n != "exp_avg.matrix"}, 2)
-    with pytest.raises(EnginepostError, match=r"found \[5, 7\]"):
+    with pytest.raises(EnginepostError, match=r"found torch\.float32 \[5, 7\]"):
         second.load({**saved, "exp_avg.matrix": saved["exp_avg.matrix"].T}, 2)
+
+
+def large(dtype: torch.dtype) -> dict[str, nn.Parameter]:
+    """One tensor with enough elements for moments in 8 bits, one without."""
+    g = torch.Generator().manual_seed(0)
+    return {n: nn.Parameter(torch.randn(s, generator=g).to(dtype)) for n, s in (("m", (70, 61)), ("v", (11,)))}
+
+
+def run(
+    params: dict[str, nn.Parameter], steps: range, tensors: dict[str, torch.Tensor] | None = None, **options: Any
+) -> AdamW:
+    optimizer = AdamW(params, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, **options)
+    if tensors is not None:
+        optimizer.load({n: t.clone() for n, t in tensors.items()}, steps.start)
+    for step in steps:
+        optimizer.zero_grad(lr=1e-2)
+        backward(params, step)
+        optimizer.norm = optimizer.grad_norm()  # type: ignore[attr-defined]
+        optimizer.step(lr=1e-2)
+    return optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [8, 32])
+def test_update_in_backward_has_the_same_bits(dtype: torch.dtype, bits: int) -> None:
+    ours, theirs = large(dtype), large(dtype)
+    mine, other = run(ours, range(4), bits=bits, in_backward=True), run(theirs, range(4), bits=bits)
+    assert mine.norm == pytest.approx(other.norm, rel=1e-12)  # type: ignore[attr-defined]
+    for name, tensor in mine.tensors().items():
+        assert torch.equal(tensor, other.tensors()[name]), name
+    for name, p in ours.items():
+        assert torch.equal(p, theirs[name]) and p.grad is None
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_moments_in_8_bits_resume_to_the_bit(in_backward: bool) -> None:
+    options = {"bits": 8, "in_backward": in_backward}
+    whole, cut, rest = (large(torch.float32) for _ in range(3))
+    run(whole, range(6), **options)
+    state = run(cut, range(3), **options).tensors()
+    assert state["exp_avg.m"].dtype == state["exp_avg_sq.m"].dtype == torch.uint8
+    assert state["exp_avg_scale.m"].shape == (17,) and state["exp_avg.v"].dtype == torch.float32
+    with torch.no_grad():
+        for name, p in rest.items():
+            p.copy_(cut[name])
+    run(rest, range(3, 6), state, **options)
+    assert all(torch.equal(rest[name], whole[name]) for name in whole)
+    with pytest.raises(EnginepostError, match=r"exp_avg\.m: expected torch\.float32 .*, found torch\.uint8"):
+        AdamW(rest, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1).load(state, 3)
+
+
+def test_moments_in_8_bits_stay_near_those_in_32() -> None:
+    eight, full = large(torch.float32), large(torch.float32)
+    before = large(torch.float32)
+    run(eight, range(5), bits=8)
+    run(full, range(5))
+    moved = (full["m"] - before["m"]).norm()
+    assert 0 < (eight["m"] - full["m"]).norm() < 0.1 * moved
+    assert torch.equal(eight["v"], full["v"])
+
+
+def test_a_gradient_that_is_not_finite_stops_an_update_in_backward() -> None:
+    params = large(torch.float32)
+    optimizer = AdamW(params, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, in_backward=True)
+    optimizer.zero_grad(lr=1e-2)
+    with pytest.raises(NotFinite, match="the norm of the gradient of m became nan"):
+        (params["m"] * float("nan")).sum().backward()

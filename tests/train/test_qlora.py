@@ -30,10 +30,12 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: pat
     return directory
 
 
-def outcome(run: str) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """What was measured, time apart, and the adapter."""
+def outcome(
+    run: str, result: str = "adapter/adapter_model.safetensors"
+) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """What was measured, time apart, and the tensors of the result."""
     lines = [json.loads(line) for line in pathlib.Path(run, "metrics.jsonl").read_text().splitlines()]
-    adapter = Checkpoint(pathlib.Path(run, "adapter", "adapter_model.safetensors"))
+    adapter = Checkpoint(pathlib.Path(run, result))
     metrics = [{k: v for k, v in line.items() if k not in TIMELESS} for line in lines]
     return metrics, {name: adapter.tensor(name).clone() for name in adapter.names}
 
@@ -129,3 +131,28 @@ def test_the_adapter_works_on_either_base(recipe: MakeRecipe, tiny_model_dir: pa
     run = train(recipe(quantize="nf4", max_steps=2))
     for kind in (None, "nf4"):
         load_model(tiny_model_dir, adapter=f"{run}/adapter", quantize=kind)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_update_in_backward_changes_no_bit(recipe: MakeRecipe, tmp_path: pathlib.Path, dtype: str) -> None:
+    keys = {"dtype": dtype, "clip": None, "gradient_accumulation": 1, "lora": None, "optimizer": "adamw8bit"}
+    runs = [
+        train(recipe(**keys, optimizer_in_backward=fused, output=str(tmp_path / str(fused)))) for fused in (True, False)
+    ]
+    (a, mine), (b, theirs) = (outcome(run, "model") for run in runs)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine | theirs)
+    for x, y in zip(a, b, strict=True):
+        assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-9)
+        assert {k: v for k, v in x.items() if k != "grad_norm"} == {k: v for k, v in y.items() if k != "grad_norm"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"gradient_accumulation": 1}, r"clip: with optimizer_in_backward it must be null, got 1\.0"),
+        ({"clip": None}, r"gradient_accumulation: with optimizer_in_backward it must be 1, got 2"),
+    ],
+)
+def test_update_in_backward_needs_one_pass_and_no_clip(recipe: MakeRecipe, keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(recipe(lora=None, optimizer_in_backward=True, **keys))

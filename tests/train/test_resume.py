@@ -31,6 +31,15 @@ FLAVOURS: dict[str, dict[str, Any]] = {
     "lora over nf4": {"quantize": "nf4-double", "dtype": "bf16"},
     "lora from disk": {"weights": "disk", "lora": {"r": 4, "alpha": 8, "dropout": 0.3}},
     "full fp32": {"lora": None},
+    "full bf16, adamw8bit": {"lora": None, "dtype": "bf16", "optimizer": "adamw8bit"},
+    "full bf16 in backward": {
+        "lora": None,
+        "dtype": "bf16",
+        "optimizer_in_backward": True,
+        "clip": None,
+        "gradient_accumulation": 1,
+        "optimizer": "adamw8bit",
+    },
     "full bf16": {"lora": None, "dtype": "bf16"},
 }
 

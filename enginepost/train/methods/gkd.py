@@ -38,7 +38,7 @@ class Gkd(Online):
     def attach(self, model: Any) -> None:
         recipe = self.recipe
         self.teacher = load_model(
-            recipe.teacher, dtype=model.dtype, device=model.embedding.device, adapter=recipe.teacher_adapter
+            recipe.teacher, dtype=model.dtype, device=model.device, adapter=recipe.teacher_adapter
         ).requires_grad_(False)
         theirs, ours = self.teacher.head_weight.shape[0], model.head_weight.shape[0]
         if theirs != ours:

@@ -62,7 +62,7 @@ class Ppo(Online):
 
     def attach(self, model: Any) -> None:
         super().attach(model)
-        self.modules["value_head"] = self.head.to(model.embedding.device)
+        self.modules["value_head"] = self.head.to(model.device)
 
     def learn(self, model: Any, rollout: Rollout, scores: Tensor | None) -> None:
         assert scores is not None
