@@ -122,6 +122,13 @@ static int64_t carve_backward(LogprobBackward &a, char *workspace, int64_t rows,
   return at.bytes;
 }
 
+// A matrix of a size that can be: its bytes, and those of workspaces in its proportion, do not overflow.
+static bool possible(const DLTensor *t) {
+  constexpr int64_t MOST = int64_t(1) << 40;
+  if (t == nullptr || t->ndim != 2 || t->shape == nullptr || t->shape[0] < 0 || t->shape[1] < 0) return false;
+  return t->shape[0] <= MOST && t->shape[1] <= MOST && (t->shape[1] == 0 || t->shape[0] <= MOST / t->shape[1]);
+}
+
 #if defined(EP_GPU)
 static cuda::LogprobProblem device_problem(const Inputs &in) {
   const LogprobShape &s = in.shape;
@@ -137,16 +144,13 @@ static int check_device_workspace(const char *fn, const void *workspace) {
 // Calls bytes(tokens, width, vocab, multiprocessors) with the sizes of two matrices on a GPU; -1 where they are not on one.
 template <class Bytes>
 static int64_t device_bytes(const DLTensor *hidden, const DLTensor *weight, Bytes &&bytes) {
-  if (hidden == nullptr || weight == nullptr || hidden->ndim != 2 || weight->ndim != 2 || !on_gpu(hidden->device)) return -1;
+  if (!possible(hidden) || !possible(weight) || !on_gpu(hidden->device)) return -1;
   cuda::UseDevice use(hidden->device.device_id);
   cuda::Device device;
   if (cuda::current_device(device) != EP_OK) return 0;
   return bytes(hidden->shape[0], hidden->shape[1], weight->shape[0], device.multiprocessors);
 }
 #endif
-
-static int64_t rows_of(const DLTensor *t) { return t == nullptr || t->ndim != 2 ? 0 : t->shape[0]; }
-static int64_t columns_of(const DLTensor *t) { return t == nullptr || t->ndim != 2 ? 0 : t->shape[1]; }
 
 extern "C" int64_t ep_linear_logprob_forward_workspace_bytes_for(const DLTensor *hidden, const DLTensor *weight,
                                                                  const DLTensor *direction) {
@@ -157,7 +161,7 @@ extern "C" int64_t ep_linear_logprob_forward_workspace_bytes_for(const DLTensor 
   if (bytes >= 0) return bytes;
 #endif
   (void)weight, (void)direction;
-  return ep_linear_logprob_forward_workspace_bytes(rows_of(hidden), columns_of(hidden));
+  return possible(hidden) ? ep_linear_logprob_forward_workspace_bytes(hidden->shape[0], hidden->shape[1]) : 0;
 }
 
 extern "C" int64_t ep_linear_logprob_backward_workspace_bytes_for(const DLTensor *hidden, const DLTensor *weight,
@@ -169,7 +173,7 @@ extern "C" int64_t ep_linear_logprob_backward_workspace_bytes_for(const DLTensor
   if (bytes >= 0) return bytes;
 #endif
   (void)weight, (void)dhidden, (void)dweight;
-  return ep_linear_logprob_backward_workspace_bytes(rows_of(hidden), columns_of(hidden));
+  return possible(hidden) ? ep_linear_logprob_backward_workspace_bytes(hidden->shape[0], hidden->shape[1]) : 0;
 }
 
 extern "C" int64_t ep_linear_logprob_forward_workspace_bytes(int64_t tokens, int64_t width) {

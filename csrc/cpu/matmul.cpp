@@ -266,6 +266,7 @@ void matmul(const Matmul &g) {
 using namespace ep;
 
 constexpr unsigned NUMBERS = FLOATS | GPU;
+constexpr int64_t MOST_EXTENT = int64_t(1) << 36;  // beyond, no memory would do, and the bytes might overflow
 
 // Any 2-D tensor with one contiguous dimension.
 static bool strided(Tensor &out, const DLTensor *t, const char *fn, const char *name) {
@@ -314,7 +315,8 @@ static int check_matmul(Arguments &x, const DLTensor *a, const DLTensor *b, cons
 extern "C" int64_t ep_matmul_workspace_bytes_for(const DLTensor *a, const DLTensor *b, const DLTensor *a2, const DLTensor *b2,
                                                  const DLTensor *c) {
   Arguments x;
-  if (check_matmul(x, a, b, a2, b2, c) != EP_OK) return 0;
+  if (check_matmul(x, a, b, a2, b2, c) != EP_OK || x.c.size == 0) return 0;
+  if (x.c.shape[0] > MOST_EXTENT || x.c.shape[1] > MOST_EXTENT || x.a[0].shape[1] + x.a[1].shape[1] > MOST_EXTENT) return 0;
 #if defined(EP_GPU)
   if (on_gpu(x.c.device)) return device_product_bytes(device_product(x.a, x.b, x.c, 0), x.c.device);
 #endif
@@ -393,7 +395,8 @@ static cuda::Nf4Matmul device_nf4_matmul(const Nf4Arguments &x, int64_t n, int64
 extern "C" int64_t ep_nf4_matmul_workspace_bytes_for(const DLTensor *a, ep_nf4_tensor weight, int64_t n, int64_t k, int transposed,
                                                      const DLTensor *a2, const DLTensor *b2, const DLTensor *c) {
   Nf4Arguments x;
-  if (check_nf4_matmul(x, a, weight, n, k, transposed, a2, b2, c) != EP_OK) return 0;
+  if (check_nf4_matmul(x, a, weight, n, k, transposed, a2, b2, c) != EP_OK || x.c.size == 0) return 0;
+  if (x.c.shape[0] > MOST_EXTENT || n > MOST_EXTENT || k > MOST_EXTENT || x.b[1].shape[0] > MOST_EXTENT) return 0;
 #if defined(EP_GPU)
   if (on_gpu(x.c.device)) {
     cuda::UseDevice use(x.c.device.device_id);

@@ -506,8 +506,9 @@ def kind_of(structure, field):
     return next(kind for name, kind in structure._fields_ if name == field)
 
 
-def call(library, function, arguments, structs, rng, spoils):
+def call(library, functions, function, structs, rng, spoils):
     """The status of one call of `function`, spoilt in `spoils` places; None when it was not worth making."""
+    arguments = functions[function][1]
     tensors, scalars, workspace_of = CALLS[function](rng)
     nulls = set()
     for _ in range(spoils):
@@ -563,6 +564,10 @@ def call(library, function, arguments, structs, rng, spoils):
             values.append(filled(structs[kind], scalars[name]))
         else:
             values.append(SCALARS[kind](scalars[name]))
+    query = f"{function}_workspace_bytes_for"  # takes some of the same arguments, however bad
+    if query in functions:
+        by_name = {name: value for (_, name), value in zip(arguments, values, strict=True)}
+        assert getattr(library, query)(*[by_name[name] for _, name in functions[query][1]]) >= 0
     status = getattr(library, function)(*values)
     if status not in (0, 1, 2, 3):
         raise AssertionError(f"{function} returned {status}")
@@ -594,6 +599,9 @@ def main():
     for query in queries:
         getattr(library, query).restype = ctypes.c_int64
         getattr(library, query).argtypes = [ctypes.c_int64] * len(functions[query][1])
+    for query in (f for f in functions if f.endswith("_workspace_bytes_for")):
+        getattr(library, query).restype = ctypes.c_int64
+        queries.add(query)
     missing = set(functions) - queries - NO_TENSORS - set(CALLS)
     if missing:
         sys.exit(f"no valid call is known of {', '.join(sorted(missing))}: add it to CALLS in {__file__}")
@@ -603,9 +611,7 @@ def main():
             if sys.stderr.isatty() or i % 50 == 0:  # the last line of a crash
                 print(f"\r{function} seed {options.seed} round {i}", end="", file=sys.stderr, flush=True)
             rng = np.random.default_rng([options.seed, i])
-            status = call(
-                library, function, functions[function][1], structs, rng, 0 if i < 5 else int(rng.integers(1, 4))
-            )
+            status = call(library, functions, function, structs, rng, 0 if i < 5 else int(rng.integers(1, 4)))
             if status is not None:
                 counts[status] += 1
             if i < 5 and status != 0:
