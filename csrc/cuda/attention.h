@@ -84,7 +84,7 @@ EP_HOST_DEVICE constexpr BackwardTile backward_tile(int head_dim, TileFamily fam
   const bool large = family == TileFamily::LARGE;
   switch (head_dim) {
     case 64: return {64, 128, 8, 2};                                                     // 81 KB
-    case 96: return large ? BackwardTile{64, 128, 8, 2} : BackwardTile{64, 64, 8, 2};    // 113 KB, 89 KB
+    case 96: return large ? BackwardTile{64, 128, 8, 2} : BackwardTile{64, 64, 4, 2};    // 113 KB, 89 KB
     case 128: return large ? BackwardTile{32, 128, 8, 2} : BackwardTile{32, 128, 8, 1};  // 104.5 KB, 96.5 KB
     case 192: return large ? BackwardTile{64, 64, 8, 1} : BackwardTile{32, 64, 8, 1};    // 137 KB, 92.5 KB
     default: return large ? BackwardTile{32, 64, 8, 2} : BackwardTile{32, 32, 4, 1};     // 136.5 KB, 84.5 KB

@@ -53,10 +53,14 @@ __global__ void __launch_bounds__(decode_threads<D>) attention_decode_kernel(con
   ptx::cp_async_commit();
   ptx::cp_async_wait<1>();
   __syncthreads();  // Q is in
-  uint32_t q[SLICES][4];
+  // Of 256 elements the sums alone fill half of the registers: there Q stays in shared memory and is read with every tile of keys.
+  constexpr bool HELD = D <= 192;
+  uint32_t q[HELD ? SLICES : 1][4];
   const Pieces<D> q_pieces(q_tile, lane);
+  if constexpr (HELD) {
 #pragma unroll
-  for (int kk = 0; kk < SLICES; kk++) ptx::ldmatrix_x4(q[kk], q_pieces.at(0, kk * 2));
+    for (int kk = 0; kk < SLICES; kk++) ptx::ldmatrix_x4(q[kk], q_pieces.at(0, kk * 2));
+  }
 
   Span span[2];
 #pragma unroll
@@ -76,8 +80,10 @@ __global__ void __launch_bounds__(decode_threads<D>) attention_decode_kernel(con
     for (int kk = 0; kk < SLICES; kk++) {
       uint32_t k[4];
       ptx::ldmatrix_x4(k, k_pieces.at(0, kk * 2));
-      ptx::mma_m16n8k16<T>(p[0], q[kk], k[0], k[2]);
-      ptx::mma_m16n8k16<T>(p[1], q[kk], k[1], k[3]);
+      uint32_t (&slice)[4] = q[HELD ? kk : 0];
+      if constexpr (!HELD) ptx::ldmatrix_x4(slice, q_pieces.at(0, kk * 2));
+      ptx::mma_m16n8k16<T>(p[0], slice, k[0], k[2]);
+      ptx::mma_m16n8k16<T>(p[1], slice, k[1], k[3]);
     }
     transform(p, s.score);
 #pragma unroll
