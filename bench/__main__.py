@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -97,22 +98,28 @@ def main(argv: list[str] | None = None) -> int:
         "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+    print(f"{run['device']}, {run['threads']} threads; {run['machine']}; commit {run['commit']}\n")
+    rows = {name: lambda name=name: importlib.import_module(f"bench.{name}").run(options) for name in wanted}
+    return show(rows, run, arguments.json)
+
+
+def show(rows: dict[str, Callable[[], Iterator[Row]]], run: dict[str, Any], path: str | None) -> int:
+    """Print the rows of every benchmark as they come, write them all to `path`; the exit status."""
     records: list[dict[str, Any]] = []
     failed = []
-    print(f"{run['device']}, {run['threads']} threads; {run['machine']}; commit {run['commit']}\n")
-    for name in wanted:
+    for name, produce in rows.items():
         print(f"== {name}\n{COLUMNS}", flush=True)
         try:
-            for row in importlib.import_module(f"bench.{name}").run(options):
+            for row in produce():
                 print(line(row), flush=True)
                 records.append(as_record(row, name, run))
         except Exception:  # the other benchmarks' rows are worth having all the same
             traceback.print_exc()
             failed.append(name)
         print()
-    if arguments.json:
-        write(arguments.json, records)
-        print(f"{len(records)} rows in {arguments.json}")
+    if path:
+        write(path, records)
+        print(f"{len(records)} rows in {path}")
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

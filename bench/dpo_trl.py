@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import tempfile
-import time
+
+from train_trl import timed  # beside this file: neither needs our package
 
 
 def main(model: str, data: str, settings: dict, out: str) -> None:
@@ -19,19 +20,17 @@ def main(model: str, data: str, settings: dict, out: str) -> None:
 
     torch.set_num_threads(settings["threads"])
     import peft
-    import transformers
     import trl
     from datasets import Dataset
 
     with open(data) as f:
         dataset = Dataset.from_list([json.loads(line) for line in f])
-    accumulation = settings["rows"] // settings["per_device_batch"]
     with tempfile.TemporaryDirectory() as scratch:
         arguments = trl.DPOConfig(
             output_dir=scratch,
             use_cpu=True,
             per_device_train_batch_size=settings["per_device_batch"],
-            gradient_accumulation_steps=accumulation,
+            gradient_accumulation_steps=settings["rows"] // settings["per_device_batch"],
             max_steps=settings["steps"],
             max_length=settings["max_length"],
             beta=settings["beta"],
@@ -50,33 +49,9 @@ def main(model: str, data: str, settings: dict, out: str) -> None:
             r=settings["rank"], lora_alpha=settings["alpha"], lora_dropout=0.0, target_modules="all-linear"
         )
         trainer = trl.DPOTrainer(model=model, args=arguments, train_dataset=dataset, peft_config=lora)
-        batches: list[int] = []  # real tokens of each micro-batch, in the order the loader made them
-        collate = trainer.data_collator
-
-        def counted(examples: list) -> dict:
-            batch = collate(examples)
-            batches.append(int(batch["attention_mask"].sum()))
-            return batch
-
-        trainer.data_collator = counted
-        ends: list[float] = []
-
-        class Clock(transformers.TrainerCallback):
-            def on_step_end(self, *_: object, **__: object) -> None:
-                ends.append(time.perf_counter())
-
-        trainer.add_callback(Clock())
-        trainer.train()
-        with open("/proc/self/status") as f:
-            peak = next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM:"))
-    steps = [
-        {"seconds": end - ends[0], "tokens": sum(batches[i * accumulation : (i + 1) * accumulation])}
-        for i, end in enumerate(ends)
-    ]
-    losses = [h["loss"] for h in trainer.state.log_history if "loss" in h]
-    versions = {m.__name__: m.__version__ for m in (torch, transformers, trl, peft)}
+        report = timed(trainer, settings["rows"] // settings["per_device_batch"])
     with open(out, "w") as f:
-        json.dump({"steps": steps, "peak_bytes": peak, "loss": losses, "versions": versions}, f)
+        json.dump(report, f)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,12 @@ import pathlib
 import re
 import subprocess
 import sys
-import traceback
+from collections.abc import Iterator
 
 import torch
 
-from bench.__main__ import COLUMNS, as_record, commit, line, write
+from bench import Row
+from bench.__main__ import commit, show
 from bench.gpu import measure_roofs, rows
 from enginepost.kernels import backend
 
@@ -82,24 +83,13 @@ def main() -> int:
     print(
         f"{run['device']}; {run['machine']}; copy {roofs['GB/s'] / 1e9:.0f} GB/s, product {roofs['TFLOP/s'] / 1e12:.0f} TFLOP/s\n"
     )
-    records, failed = [], []
-    for name in wanted:
-        print(f"== {name}\n{COLUMNS}", flush=True)
-        try:
-            for case in importlib.import_module(f"bench.gpu.{name}").cases(torch.device("cuda"), False):
-                for row in rows(case, roofs):
-                    print(line(row), flush=True)
-                    records.append(as_record(row, f"gpu/{name}", run))
-                torch.cuda.empty_cache()
-        except Exception:  # the other benchmarks' rows are worth having all the same
-            traceback.print_exc()
-            failed.append(name)
-    if arguments.json:
-        write(arguments.json, records)
-        print(f"{len(records)} rows in {arguments.json}")
-    if failed:
-        print(f"failed: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
+
+    def rows_of(name: str) -> Iterator[Row]:
+        for case in importlib.import_module(f"bench.gpu.{name}").cases(torch.device("cuda"), False):
+            yield from rows(case, roofs)
+            torch.cuda.empty_cache()
+
+    return show({f"gpu/{name}": lambda name=name: rows_of(name) for name in wanted}, run, arguments.json)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from torch import Tensor
 from enginepost.checkpoint import Writer, copy_side_files, write_bytes, write_json
 from enginepost.data import Tokenizer
 from enginepost.merge.models import Model, locate, open_model
-from enginepost.merge.recipe import DTYPES, ModelRef, _Reader
+from enginepost.merge.recipe import DTYPES, ModelRef, _Reader, open_document
 from enginepost.merge.registry import MergeError, suggest
 
 GATES = ("hidden", "hidden_last", "hidden_avg", "cheap_embed", "random", "uniform_random")
@@ -160,16 +160,7 @@ def assemble(
 
 def read_mixture(path: str | os.PathLike[str]) -> Mixture:
     """Read a mergekit-moe recipe. MergeError names file, line and key of what will not do."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise MergeError(f"{path}: cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MergeError(f"{path}: is not valid YAML: {error}.") from None
-    if node is None:
-        raise MergeError(f"{path}: is empty; a mixture says at least base_model and experts.")
-    reader = _Reader(str(path), text)
+    reader, node = open_document(path, "a mixture says at least base_model and experts")
     keys = ("base_model", "gate_mode", "dtype", "experts_per_token", "experts", "shared_experts", "architecture")
     top = reader.items(node, "the mixture", keys)
     for key in ("base_model", "experts"):
@@ -197,7 +188,8 @@ def read_mixture(path: str | os.PathLike[str]) -> Mixture:
             f"{reader.at(top['architecture'][1])}: architecture is {architecture!r}; {suggest(architecture, list(_NAMES))}."
         )
     mixture = Mixture(
-        str(path), text, reader.model(top["base_model"][1], "base_model"), experts, shared[0] if shared else None, mode, per_token,
+        str(path), reader.text,
+        reader.model(top["base_model"][1], "base_model"), experts, shared[0] if shared else None, mode, per_token,
         reader.string(top["dtype"][1], "dtype", DTYPES) if "dtype" in top else None, architecture,
     )  # fmt: skip
     if "random" not in mode:

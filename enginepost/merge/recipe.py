@@ -9,6 +9,7 @@ Messages name the file, the line and the key.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -484,3 +485,17 @@ def _required(value: Any, parameter: Param, recipe: Recipe, tensor: str, where: 
             f"{where}: {recipe.method.name} needs the parameter {parameter.name} ({parameter.about}), and none is set for {tensor}."
         )
     return parameter.check(value, where)
+
+
+def open_document(path: str | os.PathLike[str], says: str) -> tuple[_Reader, yaml.Node]:
+    """(reader, root node) of a YAML file of one document. `says`: what such a file holds, for the error about an empty one."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise MergeError(f"{path}: cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MergeError(f"{path}: is not valid YAML: {error}.") from None
+    if node is None:
+        raise MergeError(f"{path}: is empty; {says}.")
+    return _Reader(str(path), text), node

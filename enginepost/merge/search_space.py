@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from enginepost.merge.recipe import DTYPES, _Reader
+from enginepost.merge.recipe import DTYPES, _Reader, open_document
 from enginepost.merge.registry import METHODS, MergeError, Param, find
 
 METRICS = ("loss", "exact_match")
@@ -115,16 +115,7 @@ class Space:
 
 def read_space(path: str | os.PathLike[str]) -> Space:
     """Read the file of a search. MergeError names file, line and key of what will not do."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise MergeError(f"{path}: cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MergeError(f"{path}: is not valid YAML: {error}.") from None
-    if node is None:
-        raise MergeError(f"{path}: is empty; a search says at least models, methods, parameters and fitness.")
-    reader = _Reader(str(path), text)
+    reader, node = open_document(path, "a search says at least models, methods, parameters and fitness")
     top = reader.items(node, "the search", KEYS)
     for key in ("models", "methods", "fitness"):
         if key not in top:
@@ -161,7 +152,7 @@ def read_space(path: str | os.PathLike[str]) -> Space:
         )
     base = _place(reader.string(top["base_model"][1], "base_model"), home) if "base_model" in top else None
     space = Space(
-        str(path), text, base, models, methods, ranges, fixed, _fitness(reader, top, home), held,
+        str(path), reader.text, base, models, methods, ranges, fixed, _fitness(reader, top, home), held,
         layers=whole("layers", 1, 1), budget=whole("budget", 60, 1),
         population=whole("population", 0, 2) if "population" in top else None, sigma=float(sigma),
         seed=whole("seed", 0, 0), dtype=reader.string(top["dtype"][1], "dtype", DTYPES) if "dtype" in top else "bfloat16",
