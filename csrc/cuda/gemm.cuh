@@ -219,5 +219,22 @@ __global__ void __launch_bounds__(TILE::THREADS, 2) product(const Problem g, con
   epilogue.template operator()<T, TILE>(g, acc, at.m0 + m, at.n0 + n, rows);
 }
 
+// A warp's 32 pairs of columns of a row become 4 chunks of 16 bytes: the lanes of a row exchange pairs, so that lane q of the four
+// holds all of block q of the four blocks that start at j.
+__device__ __forceinline__ uint4 chunk_of(uint32_t (&r)[4]) {
+  const int q = int(threadIdx.x) % 4;
+#pragma unroll
+  for (int p = 0; p < 4; p += 2) {
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, q & 1 ? r[p] : r[p + 1], 1);
+    q & 1 ? r[p] = other : r[p + 1] = other;
+  }
+#pragma unroll
+  for (int p = 0; p < 2; p++) {
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, q & 2 ? r[p] : r[p + 2], 2);
+    q & 2 ? r[p] = other : r[p + 2] = other;
+  }
+  return make_uint4(r[0], r[1], r[2], r[3]);
+}
+
 }  // namespace gemm
 }  // namespace ep

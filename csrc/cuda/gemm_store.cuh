@@ -86,19 +86,10 @@ struct Store {
           uint32_t r[4];
 #pragma unroll
           for (int p = 0; p < 4; p++) r[p] = pack<C>(acc[i][j + p][half * 2], acc[i][j + p][half * 2 + 1]);
-#pragma unroll
-          for (int p = 0; p < 4; p += 2) {
-            const uint32_t other = __shfl_xor_sync(0xffffffffu, q & 1 ? r[p] : r[p + 1], 1);
-            q & 1 ? r[p] = other : r[p + 1] = other;
-          }
-#pragma unroll
-          for (int p = 0; p < 2; p++) {
-            const uint32_t other = __shfl_xor_sync(0xffffffffu, q & 2 ? r[p] : r[p + 2], 2);
-            q & 2 ? r[p] = other : r[p + 2] = other;
-          }
+          const uint4 chunk = chunk_of(r);
           if (row < rows) {
             uint16_t *c = reinterpret_cast<uint16_t *>(target.c) + row * target.row + n + (j + q) * 8;
-            *reinterpret_cast<uint4 *>(c) = make_uint4(r[0], r[1], r[2], r[3]);
+            *reinterpret_cast<uint4 *>(c) = chunk;
           }
         }
       }

@@ -63,7 +63,7 @@ struct Gradients {  // the epilogue of the product that makes the logits
           uint32_t r[4];
 #pragma unroll
           for (int p = 0; p < 4; p++) r[p] = pack<T>(acc[i][j + p][half * 2], acc[i][j + p][half * 2 + 1]);
-          const uint4 chunk = chunk_of(r);
+          const uint4 chunk = gemm::chunk_of(r);
           if (there) *reinterpret_cast<uint4 *>(g + t * g_row + n + (j + lane % 4) * 8) = chunk;
         }
       }

@@ -99,7 +99,7 @@ struct Logits {  // the epilogue of the product
             exact += acc[i][j + p][half * 2] + acc[i][j + p][half * 2 + 1];
             kept += rounded.x + rounded.y;
           }
-          const uint4 chunk = chunk_of(r);
+          const uint4 chunk = gemm::chunk_of(r);
           if (row < limit) *reinterpret_cast<uint4 *>(e + row * e_row + n + (j + lane % 4) * 8) = chunk;
         }
         exact += __shfl_xor_sync(0xffffffffu, exact, 1);

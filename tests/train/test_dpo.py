@@ -2,18 +2,14 @@
 
 import json
 import math
-import os
 import pathlib
 import random
-import signal
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-import enginepost.train.loop as loop
-from enginepost.checkpoint import Checkpoint
 from enginepost.errors import EnginepostError
 from enginepost.model import adapter_off, create_model, save_model
 from enginepost.recipe import load_recipe
@@ -21,6 +17,7 @@ from enginepost.train import methods, weights
 from enginepost.train.answers import token_logprobs
 from enginepost.train.loop import Interrupted, accumulate, train
 from enginepost.train.methods.answers import check_start
+from runs import assert_same_run, interrupt_after, metrics
 
 WORDS = "the quick brown fox jumps over a lazy dog what is six times seven forty two one token at time".split()
 MakeRecipe = Callable[..., dict[str, Any]]
@@ -53,10 +50,6 @@ def pairs(tmp_path: pathlib.Path) -> pathlib.Path:
 @pytest.fixture
 def dpo(recipe: MakeRecipe, pairs: pathlib.Path) -> MakeRecipe:
     return lambda **keys: recipe(**{"data": str(pairs), "method": "dpo", "max_length": 128, "batch_size": 1, **keys})
-
-
-def metrics(run: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in pathlib.Path(run, "metrics.jsonl").read_text().splitlines()]
 
 
 def stirred(recipe: Any, dtype: torch.dtype = torch.float32) -> Any:
@@ -260,32 +253,13 @@ def test_interrupted_and_resumed_has_the_same_bits(
 ) -> None:
     whole = train(dpo(**keys, output=str(tmp_path / "whole")))
     cut = dpo(**keys, output=str(tmp_path / "cut"))
-    original, done = loop.optimizer_step, []
-
-    def step(*args: Any, **kwargs: Any) -> Any:
-        done.append(1)
-        if len(done) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*args, **kwargs)
-
     with monkeypatch.context() as m:
-        m.setattr(loop, "optimizer_step", step)
+        interrupt_after(m, 3)
         with pytest.raises(Interrupted, match="after step 3"):
             train(cut)
     train(cut, resume=True)
 
-    def bits(run: str) -> dict[str, torch.Tensor]:
-        path = pathlib.Path(run, "adapter", "adapter_model.safetensors")
-        checkpoint = Checkpoint(path if path.exists() else pathlib.Path(run, "model"))
-        return {n: checkpoint.tensor(n).clone() for n in checkpoint.names}
-
-    a, b = bits(whole), bits(cut["output"])
-    assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-    timeless = ("tokens_per_second", "memory_gb", "elapsed_seconds")
-    one, two = (
-        [{k: v for k, v in m.items() if k not in timeless} for m in metrics(run)] for run in (whole, cut["output"])
-    )
-    assert one == two
+    assert_same_run(whole, cut["output"])
 
 
 def test_dpo_learns_the_preference(dpo: MakeRecipe, tmp_path: pathlib.Path) -> None:

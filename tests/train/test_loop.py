@@ -16,12 +16,9 @@ from enginepost.train.loop import DTYPES, accumulate, train
 from enginepost.train.methods.sft import Sft
 from enginepost.train.rows import Rows, load_rows
 from enginepost.train.schedule import Plan, learning_rate
+from runs import metrics
 
 MakeRecipe = Callable[..., dict[str, Any]]
-
-
-def metrics(run: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in pathlib.Path(run, "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -19,6 +19,7 @@ from enginepost.recipe import load_recipe
 from enginepost.train import methods, rewards
 from enginepost.train.loop import Interrupted, accumulate, train
 from enginepost.train.rewards import RewardError
+from runs import assert_same_run, interrupt_after, metrics, weights_of
 
 WORDS = "the quick brown fox jumps over a lazy dog what is six times seven forty two one token at time".split()
 MakeRecipe = Callable[..., dict[str, Any]]
@@ -94,31 +95,6 @@ def settings_of(recipe: MakeRecipe, tmp_path: pathlib.Path, flavour: str, **keys
     return teacher_keys(recipe, tmp_path, **own, **keys) if method == "gkd" else recipe(method, **own, **keys)
 
 
-def result_of(run: str | pathlib.Path) -> dict[str, torch.Tensor]:
-    files = sorted((pathlib.Path(run)).glob("*/*.safetensors"))
-    files = [f for f in files if f.parent.name in ("adapter", "model")]
-    return {f"{f.name}:{n}": Checkpoint(f).tensor(n).clone() for f in files for n in Checkpoint(f).names}
-
-
-def lines(run: str | pathlib.Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (pathlib.Path(run) / "metrics.jsonl").read_text().splitlines()]
-
-
-def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    import os
-    import signal
-
-    original = loop.optimizer_step
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        if kwargs["step"] == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return result
-
-    monkeypatch.setattr(loop, "optimizer_step", wrapped)
-
-
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(
     recipe: MakeRecipe, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, flavour: str
@@ -131,11 +107,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_never_stopped(
         with pytest.raises(Interrupted):
             train(settings)
     train(settings, resume=True)
-    a, b = result_of(whole), result_of(settings["output"])
-    assert a and a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-    clock = {"tokens_per_second", "memory_gb", "elapsed_seconds"}
-    for x, y in zip(lines(whole), lines(settings["output"]), strict=True):
-        assert {k: v for k, v in x.items() if k not in clock} == {k: v for k, v in y.items() if k not in clock}
+    assert_same_run(whole, settings["output"])
 
 
 def gradients(settings: dict[str, Any], step: int) -> tuple[float, dict[str, float], dict[str, torch.Tensor]]:
@@ -166,9 +138,9 @@ def test_how_a_step_is_cut_changes_nothing(recipe: MakeRecipe, tmp_path: pathlib
     cuts: list[dict[str, Any]] = [{"batch_size": 99}, {"batch_size": 1}, {"batch_size": 1, "packing": False}]
     step = 2 if flavour != "dapo" else 1
     found = [gradients(settings_of(recipe, tmp_path, flavour, checkpointing=False, **cut), step) for cut in cuts]
-    for loss, metrics, grads in found[1:]:
+    for loss, measured, grads in found[1:]:
         assert loss == pytest.approx(found[0][0], abs=1e-6)
-        assert metrics == pytest.approx(found[0][1], abs=1e-5)
+        assert measured == pytest.approx(found[0][1], abs=1e-5)
         scale = max(float(g.abs().max()) for g in found[0][2].values())
         assert scale > 0 and grads.keys() == found[0][2].keys()
         assert all((g - found[0][2][n]).abs().max() < 1e-4 * scale for n, g in grads.items())
@@ -193,7 +165,7 @@ def test_the_reward_rises(recipe: MakeRecipe, tmp_path: pathlib.Path, flavour: s
         del keys["target_kl"]
     per_rollout = own.get("num_iterations", 1) * own.get("num_mini_batches", 1)
     run = train(recipe(method, **{**keys, "max_steps": 16 * per_rollout}))
-    reward = [m["reward"] for m in lines(run)]
+    reward = [m["reward"] for m in metrics(run)]
     assert reward[-1] > reward[0] + 0.15, reward
 
 
@@ -206,14 +178,14 @@ def test_gkd_comes_closer_to_the_teacher(recipe: MakeRecipe, tmp_path: pathlib.P
             "output": str(tmp_path / f"run{beta}"),
             "lora": None,
         }
-        loss = [m["loss"] for m in lines(train(teacher_keys(recipe, tmp_path, **keys)))]
+        loss = [m["loss"] for m in metrics(train(teacher_keys(recipe, tmp_path, **keys)))]
         assert np.mean(loss[-3:]) < 0.8 * np.mean(loss[:3]), (beta, loss)
 
 
 def test_the_first_step_is_on_policy(recipe: MakeRecipe) -> None:
     """At the first step of a roll-out nothing is clipped, sampling and training agree, and under LoRA the KL is zero."""
     run = train(recipe("grpo", beta=0.1, num_iterations=2, num_mini_batches=1, max_steps=2, learning_rate=0.05))
-    first, second = lines(run)
+    first, second = metrics(run)
     assert first["kl"] == pytest.approx(0, abs=1e-6) and second["kl"] > 1e-4
     assert first["clip_ratio/region_mean"] == 0 < second["clip_ratio/region_mean"]
     assert first["sampling/sampling_logp_difference/mean"] < 1e-5
@@ -234,13 +206,13 @@ def test_ppo_keeps_a_value_head_and_a_coefficient(recipe: MakeRecipe, tmp_path: 
     )
     kept = Checkpoint(run / "checkpoint-4" / "method.safetensors")
     assert {"value_head.weight", "value_head.bias"} <= set(kept.names)
-    logged = lines(run)
+    logged = metrics(run)
     assert logged[0]["kl_coef"] == 0.05
     for before, after in itertools.pairwise(logged):  # 12 completions of 24: half of an error that is clipped at 0.2
         moved = 0.1 if before["objective/kl"] > 1e-8 else -0.1
         assert after["kl_coef"] == pytest.approx(before["kl_coef"] * (1 + moved))
     assert {"policy_loss", "value_loss", "value_clip_ratio", "approx_kl", "explained_variance", "objective/kl"} <= set(
-        lines(run)[0]
+        metrics(run)[0]
     )
 
 
@@ -250,13 +222,13 @@ def test_an_adapter_that_goes_on_is_its_own_reference(recipe: MakeRecipe, tmp_pa
         "grpo", adapter=f"{first}/adapter", output=str(tmp_path / "second"), beta=0.1, max_steps=2, learning_rate=0.05
     )
     del settings["lora"]
-    a, b = lines(train(settings))
+    a, b = metrics(train(settings))
     assert a["kl"] == pytest.approx(0, abs=1e-6) and b["kl"] > 1e-5
 
 
 def test_validation_prompts_are_answered(recipe: MakeRecipe) -> None:
     run = train(recipe("grpo", validation=0.3, max_steps=4, eval_every=2))
-    evaluations = [m for m in lines(run) if "eval_reward" in m]
+    evaluations = [m for m in metrics(run) if "eval_reward" in m]
     assert [m["step"] for m in evaluations] == [2, 4] and 0 <= evaluations[0]["eval_reward"] <= 1
     assert "eval_completions/mean_length" in evaluations[0] and "eval_rewards/has_even_ids/mean" in evaluations[0]
 
@@ -272,7 +244,7 @@ def test_columns_reach_the_reward_and_none_is_no_opinion(recipe: MakeRecipe) -> 
     prompts, completions, answer = seen[0]
     assert len(prompts) == len(completions) == len(answer) == 12 and all(isinstance(c, str) for c in completions)
     assert prompts[:4] == [prompts[0]] * 4
-    assert lines(run)[0]["reward"] == 1.0 and lines(run)[0]["loss"] == pytest.approx(0)
+    assert metrics(run)[0]["reward"] == 1.0 and metrics(run)[0]["loss"] == pytest.approx(0)
 
 
 def test_conversations_are_given_as_messages(recipe: MakeRecipe, tmp_path: pathlib.Path) -> None:
@@ -298,7 +270,7 @@ def test_a_function_of_a_file_is_found_and_named(recipe: MakeRecipe, tmp_path: p
     settings = recipe(
         "grpo", rewards=[{"function": f"{tmp_path}/judge.py:short", "weight": 0.5}, has_even_ids], max_steps=1
     )
-    line = lines(train(settings))[0]
+    line = metrics(train(settings))[0]
     assert line["reward"] == pytest.approx(0.5 * line["rewards/short/mean"] + line["rewards/has_even_ids/mean"])
     saved = load_recipe(pathlib.Path(settings["output"]) / "recipe.yaml")
     assert saved.model_dump()["rewards"][0]["function"] == f"{tmp_path}/judge.py:short"
@@ -407,6 +379,7 @@ def test_resume_refuses_another_reward(
         interrupt_after(m, 2)
         with pytest.raises(Interrupted):
             train(recipe("grpo", rewards=[lambda completions: [0.5] * len(completions)], output=f"{tmp_path}/lambda"))
+        interrupt_after(m, 2)
         with pytest.raises(Interrupted):
             train(recipe("grpo"))
     train(
@@ -475,8 +448,8 @@ def test_dynamic_sampling_replaces_groups_of_equal_rewards(recipe: MakeRecipe) -
 def test_a_step_of_which_all_was_cut_off_learns_nothing(recipe: MakeRecipe) -> None:
     """The tiny model never stops, so with masking nothing is left: the weights stay, and the run says so in its metrics."""
     run = train(recipe("grpo", mask_truncated_completions=True, max_steps=2, max_completion_length=1))
-    assert all(m["completions/clipped_ratio"] == 1.0 and m["loss"] == 0.0 for m in lines(run))
-    assert all(t.abs().max() == 0 for n, t in result_of(run).items() if "lora_B" in n)
+    assert all(m["completions/clipped_ratio"] == 1.0 and m["loss"] == 0.0 for m in metrics(run))
+    assert all(t.abs().max() == 0 for n, t in weights_of(run).items() if "lora_B" in n)
 
 
 def reward_model(directory: pathlib.Path, source: str, labels: int = 1, vocab_size: int | None = None) -> pathlib.Path:

@@ -7,18 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 import enginepost.train.loop as loop
-from enginepost.checkpoint import Checkpoint, quantize
+from enginepost.checkpoint import quantize
 from enginepost.errors import EnginepostError
 from enginepost.model import create_model, load_model, save_model
 from enginepost.model.residency import WeightsError
 from enginepost.recipe import RecipeError, load_recipe
 from enginepost.train.loop import train
+from runs import assert_same_bits, assert_same_run, metrics, timeless, weights_of
 
 MakeRecipe = Callable[..., dict[str, Any]]
-TIMELESS = ("tokens_per_second", "memory_gb", "elapsed_seconds")
 
 
 @pytest.fixture(scope="session")
@@ -30,29 +29,13 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: pat
     return directory
 
 
-def outcome(
-    run: str, result: str = "adapter/adapter_model.safetensors"
-) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """What was measured, time apart, and the tensors of the result."""
-    lines = [json.loads(line) for line in pathlib.Path(run, "metrics.jsonl").read_text().splitlines()]
-    adapter = Checkpoint(pathlib.Path(run, result))
-    metrics = [{k: v for k, v in line.items() if k not in TIMELESS} for line in lines]
-    return metrics, {name: adapter.tensor(name).clone() for name in adapter.names}
-
-
-def assert_same(a: str, b: str) -> None:
-    (metrics, weights), (others, theirs) = outcome(a), outcome(b)
-    assert metrics == others
-    assert all(torch.equal(weights[name], theirs[name]) for name in weights | theirs)
-
-
 @pytest.mark.parametrize("keys", [{"quantize": "nf4"}, {"quantize": "nf4-double", "dtype": "bf16"}, {}])
 def test_same_bits_from_disk(recipe: MakeRecipe, tmp_path: pathlib.Path, keys: dict[str, Any]) -> None:
     keys = {**keys, "validation": 0.2, "max_steps": 4}
     resident = train(recipe(**keys, output=str(tmp_path / "a")))
-    assert outcome(resident)[0][-1]["eval_loss"] > 0
+    assert metrics(resident)[-1]["eval_loss"] > 0
     for i, more in enumerate(({"weights": "disk"}, {"weights": "disk", "checkpointing": False}, {"weights": "host"})):
-        assert_same(resident, train(recipe(**keys, **more, output=str(tmp_path / f"b{i}"))))
+        assert_same_run(resident, train(recipe(**keys, **more, output=str(tmp_path / f"b{i}"))))
 
 
 def test_straight_from_a_4bit_checkpoint(
@@ -60,16 +43,16 @@ def test_straight_from_a_4bit_checkpoint(
 ) -> None:
     quantize(tiny_model_dir, tmp_path / "bnb", double=True)
     stored = train(recipe(model=str(tmp_path / "bnb"), output=str(tmp_path / "a")))
-    assert_same(stored, train(recipe(quantize="nf4-double", output=str(tmp_path / "b"))))
-    plain = outcome(train(recipe(output=str(tmp_path / "c"))))
-    assert plain[0][0]["loss"] != outcome(stored)[0][0]["loss"]  # the comparison above compares 4 bits with 4 bits
+    assert_same_run(stored, train(recipe(quantize="nf4-double", output=str(tmp_path / "b"))))
+    plain = metrics(train(recipe(output=str(tmp_path / "c"))))
+    assert plain[0]["loss"] != metrics(stored)[0]["loss"]  # the comparison above compares 4 bits with 4 bits
     with pytest.raises(EnginepostError, match="its weights are in 4 bits and cannot train"):
         train(recipe(model=str(tmp_path / "bnb"), lora=None, output=str(tmp_path / "d")))
     assert not (tmp_path / "d").exists()
 
 
 def test_it_learns(recipe: MakeRecipe) -> None:
-    losses = [line["loss"] for line in outcome(train(recipe(quantize="nf4", max_steps=30, learning_rate=1e-2)))[0]]
+    losses = [line["loss"] for line in metrics(train(recipe(quantize="nf4", max_steps=30, learning_rate=1e-2)))]
     assert losses[-1] < losses[0] - 0.4
 
 
@@ -116,7 +99,7 @@ def test_a_file_that_breaks_in_mid_run_costs_nothing(
         train(cut, resume=True)
     weights.write_bytes(content)
     train(cut, resume=True)
-    assert_same(whole, cut["output"])
+    assert_same_run(whole, cut["output"])
 
 
 @pytest.mark.parametrize(("key", "value"), [("quantize", "nf4"), ("weights", "disk"), ("weights", "host")])
@@ -139,9 +122,8 @@ def test_update_in_backward_changes_no_bit(recipe: MakeRecipe, tmp_path: pathlib
     runs = [
         train(recipe(**keys, optimizer_in_backward=fused, output=str(tmp_path / str(fused)))) for fused in (True, False)
     ]
-    (a, mine), (b, theirs) = (outcome(run, "model") for run in runs)
-    assert all(torch.equal(mine[name], theirs[name]) for name in mine | theirs)
-    for x, y in zip(a, b, strict=True):
+    assert_same_bits(*map(weights_of, runs))
+    for x, y in zip(*map(timeless, runs), strict=True):
         assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-9)
         assert {k: v for k, v in x.items() if k != "grad_norm"} == {k: v for k, v in y.items() if k != "grad_norm"}
 

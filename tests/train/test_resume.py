@@ -14,13 +14,13 @@ import pytest
 import torch
 
 import enginepost.train.loop as loop
-from enginepost.checkpoint import Checkpoint
 from enginepost.data import Tokenizer
 from enginepost.errors import EnginepostError
 from enginepost.generate import load
 from enginepost.recipe import load_recipe
 from enginepost.train.loop import Interrupted, train
 from enginepost.train.state import RunDirectory, RunError
+from runs import assert_same_bits, assert_same_run, interrupt_after, metrics, weights_of
 
 MakeRecipe = Callable[..., dict[str, Any]]
 
@@ -44,39 +44,6 @@ FLAVOURS: dict[str, dict[str, Any]] = {
 }
 
 
-def weights_of(run: str | pathlib.Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the result, and which it is."""
-    run = pathlib.Path(run)
-    path = run / "model" if (run / "model").exists() else run / "adapter" / "adapter_model.safetensors"
-    checkpoint = Checkpoint(path)
-    return {name: checkpoint.tensor(name).clone() for name in checkpoint.names}
-
-
-def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys() and a
-    for name, tensor in a.items():
-        assert tensor.dtype == b[name].dtype and torch.equal(tensor, b[name]), name
-
-
-def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int, number: int = signal.SIGTERM) -> None:
-    """Send this process a signal in the middle of the given step (counted in this process)."""
-    done = 0
-    original = loop.optimizer_step
-
-    def step(*args: Any, **kwargs: Any) -> Any:
-        nonlocal done
-        done += 1
-        if done == steps:
-            os.kill(os.getpid(), number)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(loop, "optimizer_step", step)
-
-
-def lines(run: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in pathlib.Path(run, "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("flavour", FLAVOURS)
 def test_interrupted_and_resumed_has_the_same_bits(
     recipe: MakeRecipe, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, flavour: str
@@ -92,10 +59,7 @@ def test_interrupted_and_resumed_has_the_same_bits(
     checkpoints = sorted(p.name for p in pathlib.Path(cut["output"]).glob("checkpoint-*"))
     assert checkpoints == ["checkpoint-2", "checkpoint-6"]
     train(cut, resume=True)
-    assert_same_bits(weights_of(whole), weights_of(cut["output"]))
-    timeless = ("tokens_per_second", "memory_gb", "elapsed_seconds")
-    a, b = ([{k: v for k, v in m.items() if k not in timeless} for m in lines(run)] for run in (whole, cut["output"]))
-    assert a == b
+    assert_same_run(whole, cut["output"])
 
 
 def test_dropout_matters_and_differs_by_step(recipe: MakeRecipe, tmp_path: pathlib.Path) -> None:
@@ -155,7 +119,7 @@ def test_checkpoints_and_their_state(recipe: MakeRecipe, tmp_path: pathlib.Path)
     ]  # fmt: skip
     state = json.loads((run / "checkpoint-8" / "trainer_state.json").read_text())
     assert (state["global_step"], state["max_steps"], state["save_steps"]) == (8, 9, 2)
-    logged = [m for m in lines(str(run)) if m["step"] <= 8]
+    logged = [m for m in metrics(str(run)) if m["step"] <= 8]
     assert state["log_history"] == logged
     evaluations = {m["step"]: m["eval_loss"] for m in logged if "eval_loss" in m}
     assert set(evaluations) == {4, 8} and state["best_metric"] == min(evaluations.values())
@@ -244,7 +208,7 @@ def test_resume_before_the_first_checkpoint_starts_anew(recipe: MakeRecipe, tmp_
         (run.path / ".checkpoint-3.partial" / "optimizer.safetensors").write_text("half")
     train(settings, resume=True)
     assert_same_bits(weights_of(whole), weights_of(settings["output"]))
-    assert [m["step"] for m in lines(settings["output"])] == [1, 2, 3, 4, 5, 6]
+    assert [m["step"] for m in metrics(settings["output"])] == [1, 2, 3, 4, 5, 6]
     assert not (tmp_path / "run" / ".checkpoint-3.partial").exists()
 
 

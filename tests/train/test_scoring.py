@@ -22,8 +22,9 @@ from enginepost.recipe import load_recipe
 from enginepost.score import score
 from enginepost.train import methods, weights
 from enginepost.train.answers import answer_sums, token_logprobs
-from enginepost.train.loop import accumulate, train
+from enginepost.train.loop import Interrupted, accumulate, train
 from enginepost.train.objectives.preference import kto_loss
+from runs import assert_same_run, interrupt_after, metrics
 
 WORDS = "the quick brown fox jumps over a lazy dog what is six times seven forty two one token at time".split()
 MakeRecipe = Callable[..., dict[str, Any]]
@@ -70,10 +71,6 @@ def steps(tmp_path: pathlib.Path) -> str:
             }
         )
     return write(tmp_path / "steps.jsonl", rows)
-
-
-def metrics(run: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in pathlib.Path(run, "metrics.jsonl").read_text().splitlines()]
 
 
 def gradients(model: Any, method: Any, cut: list[list[int]]) -> tuple[float, dict[str, torch.Tensor]]:
@@ -288,3 +285,31 @@ def test_mistakes(recipe: MakeRecipe, graded: str, pairs: str, tmp_path: pathlib
         train(recipe(method="distill", teacher=str(tmp_path / "other")))
     with pytest.raises(EnginepostError, match=r"reference: .* has a vocabulary of 500"):
         train(recipe(method="dpo", data=pairs, reference=str(tmp_path / "other")))
+
+
+@pytest.mark.parametrize("method", ["kto", "reward", "prm", "distill"])
+def test_interrupted_and_resumed_has_the_same_bits(
+    recipe: MakeRecipe, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
+    graded: str, pairs: str, steps: str, method: str,
+) -> None:  # fmt: skip
+    own: dict[str, dict[str, Any]] = {
+        "kto": {"data": graded},
+        "reward": {"data": pairs},
+        "prm": {"data": steps},
+        "distill": {"teacher": recipe()["model"], "sft_weight": 0.25},
+    }
+    keys = {
+        "method": method,
+        "validation": 0.25,
+        "max_steps": 5,
+        "lora": {"r": 4, "alpha": 8, "dropout": 0.2},
+        **own[method],
+    }
+    whole = train(recipe(**keys, output=str(tmp_path / "whole")))
+    cut = recipe(**keys, output=str(tmp_path / "cut"))
+    with monkeypatch.context() as m:
+        interrupt_after(m, 2)
+        with pytest.raises(Interrupted, match="after step 2"):
+            train(cut)
+    train(cut, resume=True)
+    assert_same_run(whole, cut["output"])
