@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from whole_runs import assert_same_run, interrupt_after, metrics
 
 from enginepost.errors import EnginepostError
 from enginepost.model import adapter_off, create_model, save_model
@@ -17,7 +18,6 @@ from enginepost.train import methods, weights
 from enginepost.train.answers import token_logprobs
 from enginepost.train.loop import Interrupted, accumulate, train
 from enginepost.train.methods.answers import check_start
-from runs import assert_same_run, interrupt_after, metrics
 
 WORDS = "the quick brown fox jumps over a lazy dog what is six times seven forty two one token at time".split()
 MakeRecipe = Callable[..., dict[str, Any]]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from whole_runs import metrics
 
 from enginepost.kernels.linear_logprob import reference as logprob_reference
 from enginepost.recipe import load_recipe
@@ -16,7 +17,6 @@ from enginepost.train.loop import DTYPES, accumulate, train
 from enginepost.train.methods.sft import Sft
 from enginepost.train.rows import Rows, load_rows
 from enginepost.train.schedule import Plan, learning_rate
-from runs import metrics
 
 MakeRecipe = Callable[..., dict[str, Any]]
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from whole_runs import assert_same_run, interrupt_after, metrics, weights_of
 
 import enginepost.train.loop as loop
 from enginepost.checkpoint import Checkpoint
@@ -19,7 +20,6 @@ from enginepost.recipe import load_recipe
 from enginepost.train import methods, rewards
 from enginepost.train.loop import Interrupted, accumulate, train
 from enginepost.train.rewards import RewardError
-from runs import assert_same_run, interrupt_after, metrics, weights_of
 
 WORDS = "the quick brown fox jumps over a lazy dog what is six times seven forty two one token at time".split()
 MakeRecipe = Callable[..., dict[str, Any]]

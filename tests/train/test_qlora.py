@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from whole_runs import assert_same_bits, assert_same_run, metrics, timeless, weights_of
 
 import enginepost.train.loop as loop
 from enginepost.checkpoint import quantize
@@ -15,7 +16,6 @@ from enginepost.model import create_model, load_model, save_model
 from enginepost.model.residency import WeightsError
 from enginepost.recipe import RecipeError, load_recipe
 from enginepost.train.loop import train
-from runs import assert_same_bits, assert_same_run, metrics, timeless, weights_of
 
 MakeRecipe = Callable[..., dict[str, Any]]
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from whole_runs import assert_same_bits, assert_same_run, interrupt_after, metrics, weights_of
 
 import enginepost.train.loop as loop
 from enginepost.data import Tokenizer
@@ -20,7 +21,6 @@ from enginepost.generate import load
 from enginepost.recipe import load_recipe
 from enginepost.train.loop import Interrupted, train
 from enginepost.train.state import RunDirectory, RunError
-from runs import assert_same_bits, assert_same_run, interrupt_after, metrics, weights_of
 
 MakeRecipe = Callable[..., dict[str, Any]]
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
+from whole_runs import assert_same_run, interrupt_after, metrics
 
 from enginepost.checkpoint import Checkpoint
 from enginepost.cli import app
@@ -24,7 +25,6 @@ from enginepost.train import methods, weights
 from enginepost.train.answers import answer_sums, token_logprobs
 from enginepost.train.loop import Interrupted, accumulate, train
 from enginepost.train.objectives.preference import kto_loss
-from runs import assert_same_run, interrupt_after, metrics
 
 WORDS = "the quick brown fox jumps over a lazy dog what is six times seven forty two one token at time".split()
 MakeRecipe = Callable[..., dict[str, Any]]
