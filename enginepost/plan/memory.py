@@ -9,6 +9,7 @@ grows or shrinks evenly from one to the other.
 
     kept of a block       T e (4 h + 2 q + 2 kv + 3 I) + 4 T R + lse          all blocks, or with checkpointing the one at work
     kept with checkpointing   T e h a block
+    with mlp_chunk        3 I and the ranks of the MLP are those of a chunk, and of one block, with checkpointing or without
     head                  4 T h, the direction of each log-probability, while the head is frozen
 """
 
@@ -35,7 +36,7 @@ ITEMS = {
     "workspace": "kernels' workspace",
     "process": "Python, torch and the driver",
 }
-LINEARS = ("qkv", "o", "gate_up", "down")
+MLP = ("gate_up", "down")
 SMALLEST8 = 4096  # elements from which 8-bit moments are used (kernels/adamw.py)
 # Anonymous memory of a process that has imported torch and this package and trained something small, beside what is counted here:
 # measured on x86-64 Linux, torch 2.6 to 2.9. On a GPU: the context, which the allocator does not see.
@@ -62,6 +63,7 @@ class Setup:
     dora: bool = False
     dropout: bool = False
     checkpointing: bool | str = True  # "host": block inputs in host memory; "bf16": rounded to two bytes
+    mlp_chunk: int | None = None  # tokens of which an MLP is computed at a time
     quantize: str | None = None
     weights: str = "resident"
     slots: int = 2
@@ -274,7 +276,7 @@ def _play(tape: Tape, s: Setup, block: int) -> None:
     )
     dout = tape.take(h)
     tape.moment = f"the backward pass of block {block}"
-    kept_again = _forward(tape, s)[1]
+    kept_again = _forward(tape, s, again=s.checkpointing is True)[1]
     again = tape.take(h if s.checkpointing else 0)  # the output made again, from which the block's backward pass begins
     _backward(tape, s, kept_again, h)
     tape.free(again)
@@ -363,11 +365,38 @@ def _linear(tape: Tape, s: Setup, name: str) -> Held:
     return kept
 
 
-def _forward(tape: Tape, s: Setup) -> tuple[list[Held], _Kept]:
-    """A block's forward pass. The tensors that it leaves are not freed: they come back twice, as a list and by name."""
+def _chunk(s: Setup) -> Setup | None:
+    """The same for one chunk of the MLP; None where it is computed whole."""
+    if s.mlp_chunk is None or s.mlp_chunk >= s.tokens:
+        return None
+    return dataclasses.replace(s, tokens=s.mlp_chunk)
+
+
+def _mlp(tape: Tape, s: Setup) -> tuple[Held, Held, dict[str, Held]]:
+    """The forward pass of the MLP, its output not counted: gate|up, what the down projection takes, the low-rank updates'."""
+    inner = s.tokens * s.spec.intermediate_size * s.itemsize
+    gate_up = tape.take(2 * inner)
+    low = {"gate_up": _linear(tape, s, "gate_up")}
+    act = tape.take(inner)
+    low["down"] = _linear(tape, s, "down")
+    return gate_up, act, low
+
+
+def _chunk_forward(tape: Tape, s: Setup) -> None:
+    """The MLP chunk by chunk, nothing of which is kept."""
+    c = _chunk(s)
+    assert c is not None
+    gate_up, act, low = _mlp(tape, c)
+    tape.free(tape.take(c.tokens * c.spec.hidden_size * c.itemsize))
+    tape.free(gate_up, act, *low.values())
+
+
+def _forward(tape: Tape, s: Setup, again: bool = False) -> tuple[list[Held], _Kept]:
+    """A block's forward pass, or its recomputation. The tensors that it leaves are not freed: they come back twice, as a list and by
+    name."""
     spec, tokens, e = s.spec, s.tokens, s.itemsize
     h, q = tokens * spec.hidden_size * e, tokens * spec.heads * spec.head_dim * e
-    qkv, inner = tokens * _sizes(s)["qkv"][1] * e, tokens * spec.intermediate_size * e
+    qkv = tokens * _sizes(s)["qkv"][1] * e
     low: dict[str, Held] = {}
     norms = tape.take((h if spec.pre_norm else 0) + 4 * tokens)
     projected = tape.take(qkv)
@@ -388,11 +417,15 @@ def _forward(tape: Tape, s: Setup) -> tuple[list[Held], _Kept]:
     if spec.post_norm:
         a = (a[0], a[1] + tape.take(h + 4 * tokens)[1])
     middle = tape.take(2 * h + 4 * tokens if spec.pre_norm else h)
-    gate_up = tape.take(2 * inner)
-    low["gate_up"] = _linear(tape, s, "gate_up")
-    act = tape.take(inner)
-    low["down"] = _linear(tape, s, "down")
-    m = tape.take(h)
+    if _chunk(s) is None:
+        gate_up, act, mlp = _mlp(tape, s)
+        low |= mlp
+        m = tape.take(h)
+    else:
+        gate_up = act = low["gate_up"] = low["down"] = tape.take(0)
+        m = tape.take(h)
+        if not again or spec.post_norm:  # recomputation stops before it where nothing behind it is kept
+            _chunk_forward(tape, s)
     if spec.post_norm:
         tape.free(tape.take(h))
         norms = (norms[0], norms[1] + a[1] - h + m[1])  # both branches, before their norms
@@ -423,15 +456,10 @@ def _linear_backward(tape: Tape, s: Setup, name: str, kept: Held) -> None:
 def _backward(tape: Tape, s: Setup, kept: _Kept, h: float) -> None:
     """A block's backward pass, after which nothing of it is left. The gradient of its output is the caller's."""
     spec, tokens, e = s.spec, s.tokens, s.itemsize
-    inner = kept.inner[1]
-    d_inner = tape.take(inner)
-    _linear_backward(tape, s, "down", kept.low_rank["down"])
-    tape.free(kept.inner)
-    d_gate_up = tape.take(2 * inner)
-    tape.free(d_inner, kept.gate_up)
-    dy = tape.take(h)
-    _linear_backward(tape, s, "gate_up", kept.low_rank["gate_up"])
-    tape.free(d_gate_up)
+    if _chunk(s) is None:
+        dy = _mlp_backward(tape, s, kept.inner, kept.gate_up, kept.low_rank)
+    else:
+        dy = _chunk_backward(tape, s, h)
     dh = tape.take(h)
     tape.free(dy, kept.middle)
     d_attention = tape.take(tokens * spec.heads * spec.head_dim * e)
@@ -445,6 +473,43 @@ def _backward(tape: Tape, s: Setup, kept: _Kept, h: float) -> None:
     tape.free(d_turned)
     again = tape.take(h)
     tape.free(dx, kept.norms, dh, again)
+
+
+def _mlp_backward(tape: Tape, s: Setup, act: Held, gate_up: Held, low: Mapping[str, Held]) -> Held:
+    """The backward pass of the MLP; the gradient of its input comes back."""
+    inner = act[1]
+    d_inner = tape.take(inner)
+    _linear_backward(tape, s, "down", low["down"])
+    tape.free(act)
+    d_gate_up = tape.take(2 * inner)
+    tape.free(d_inner, gate_up)
+    dy = tape.take(s.tokens * s.spec.hidden_size * s.itemsize)
+    _linear_backward(tape, s, "gate_up", low["gate_up"])
+    tape.free(d_gate_up)
+    return dy
+
+
+def _chunk_backward(tape: Tape, s: Setup, h: float) -> Held:
+    """The same, chunk by chunk: each is computed once more; the parameters' gradients, of the chunk in their own dtype, add up in
+    float32."""
+    c = _chunk(s)
+    assert c is not None
+    dy = tape.take(h)
+    if s.full:
+        matrices = [inputs * outputs for name, (inputs, outputs) in _sizes(s).items() if name in MLP]
+        trained = sum(matrices)
+    else:
+        trained = sum(r * (_sizes(s)[name][0] + rows) for name in MLP for r, rows in s.ranks.get(name, ()))
+    sums = tape.take(4.0 * trained, "gradients")
+    gate_up, act, low = _mlp(tape, c)
+    m = tape.take(c.tokens * c.spec.hidden_size * c.itemsize)
+    dy_chunk = _mlp_backward(tape, dataclasses.replace(c, full=False), act, gate_up, low)
+    of_chunk = tape.take(trained * (s.itemsize if s.full else 4.0), "gradients")
+    tape.free(m)
+    if s.full and s.itemsize != 4 and s.device == "cpu":  # torch widens what it adds, matrix by matrix
+        tape.free(tape.take(4.0 * max(matrices), "gradients"))
+    tape.free(dy_chunk, of_chunk, sums)
+    return dy
 
 
 def _host(s: Setup) -> dict[str, float]:
