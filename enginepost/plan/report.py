@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from enginepost.errors import EnginepostError
 from enginepost.plan import choose
+from enginepost.plan.block import ITEMS
 from enginepost.plan.machine import Machine, gpu, size, this_machine
-from enginepost.plan.memory import ITEMS, Peak, Setup, step_peak
+from enginepost.plan.memory import Peak, Setup, step_peak
 from enginepost.plan.setup import config_of, setup_of
 from enginepost.plan.speed import step_seconds
 from enginepost.recipe import Recipe, load_recipe
