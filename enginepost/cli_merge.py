@@ -43,6 +43,9 @@ def merge(
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Take 4-bit inputs as the numbers that their codes stand for.")
     ] = False,
+    device: Annotated[
+        str, typer.Option(help="cpu, or cuda: weighted sums and task vectors on the GPU, same bits.")
+    ] = "cpu",
 ) -> None:
     """Merge models as a mergekit recipe says; run it again after an interruption and it goes on where it was."""
     from enginepost.merge.executor import Bar
@@ -58,6 +61,7 @@ def merge(
             shard_bytes=shard * 1e9,
             dry_run=dry_run,
             dequantize=dequantize,
+            device=device,
             progress=bar,
         )
     for report in reports:

@@ -132,11 +132,11 @@ def merged_chunks(
     for chunk in inputs.chunks():
         seen(chunk)
         if method.writes:
-            out = torch.empty(chunk.numel, dtype=dtype)
+            out = torch.empty(chunk.numel, dtype=dtype, device=inputs.device)
             method.combine(chunk, p, facts, out)
         else:
             out = method.combine(chunk, p, facts).reshape(-1).to(dtype)
-        yield chunk.start, out
+        yield chunk.start, out.cpu()
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from enginepost.kernels import backend
 from enginepost.kernels import merge as kernel
 from enginepost.kernels.merge import BLOCK
 from enginepost.merge.apply import merged_chunks, one_thread
@@ -25,7 +26,7 @@ from enginepost.merge.output import Output
 from enginepost.merge.plan import Read, Task
 from enginepost.merge.recipe import Recipe
 from enginepost.merge.registry import MergeError
-from enginepost.merge.tensors import CHUNK, Chunk
+from enginepost.merge.tensors import CHUNK, Chunk, Inputs
 
 Progress = Callable[[int, int, str], None]  # bytes of output finished, bytes in all, tensor just finished
 
@@ -33,15 +34,21 @@ Progress = Callable[[int, int, str], None]  # bytes of output finished, bytes in
 @dataclass(frozen=True)
 class Limits:
     """Threads at work; elements of a chunk (methods that work on rows take whole rows, at least one); and the bytes that a thread
-    may keep between the passes of its method."""
+    may keep between the passes of its method. device: where methods that can (`Method.gpu`) do their arithmetic."""
 
     threads: int
     chunk: int
     spare: float
+    device: str = "cpu"
 
 
-def limits(recipe: Recipe, tasks: list[Task], threads: int | None, budget: float) -> Limits:
-    """How many threads and what chunk keep private memory within `budget` bytes."""
+def limits(recipe: Recipe, tasks: list[Task], threads: int | None, budget: float, device: str = "cpu") -> Limits:
+    """How many threads and what chunk keep private memory within `budget` bytes. Raises MergeError for a device that is not here."""
+    if device not in ("cpu", "cuda"):
+        raise MergeError(f"device {device!r} is not one to merge on; cpu or cuda is.")
+    if device == "cuda" and not (torch.cuda.is_available() and backend.info()["cuda"]):
+        lacks = "this build has no CUDA kernels" if torch.cuda.is_available() else "torch finds no CUDA GPU here"
+        raise MergeError(f"device cuda: {lacks}. Leave it out: the CPU gives the same bits.")
     inputs = max((len(task.models) + 1 for task in tasks), default=1)
     per_element = 8 * inputs + 40  # float32 of inputs and task vectors, and the temporaries of a combination
     widest = max(
@@ -57,7 +64,7 @@ def limits(recipe: Recipe, tasks: list[Task], threads: int | None, budget: float
     for count in range(wanted, 0, -1):
         chunk = int(budget * 2 / 3 / count / per_element)
         if chunk >= least:
-            return Limits(count, min(CHUNK, max(BLOCK, chunk // BLOCK * BLOCK)), budget / 3 / count)
+            return Limits(count, min(CHUNK, max(BLOCK, chunk // BLOCK * BLOCK)), budget / 3 / count, device)
     raise MergeError(
         f"a memory budget of {budget / 1e6:.0f} MB is too small for {inputs} models: at least "
         f"{least * per_element * 1.5 / 1e6 + 1:.0f} MB are needed, for one chunk of {least} elements."
@@ -107,7 +114,7 @@ def _make(
         read = task.reads[0]
         digest.update(output.write(task.name, 0, read.checkpoint.tensor(read.name).reshape(-1)))
     else:
-        inputs = task.inputs(recipe, seed, limit.chunk)
+        inputs = _placed(recipe, task, limit, seed)
         inputs.shared, inputs.spare = shared, limit.spare
         for start, piece in merged_chunks(
             recipe.method, inputs, task.parameters, task.dtype, lambda c: _check(task, c)
@@ -118,6 +125,16 @@ def _make(
     output.finish(task.name, digest.hexdigest())
     for read in task.reads:
         read.checkpoint.drop(read.name)
+
+
+def _placed(recipe: Recipe, task: Task, limit: Limits, seed: int) -> Inputs:
+    """The inputs of a task, on the GPU where its kernels take method and dtypes."""
+    inputs = task.inputs(recipe, seed, limit.chunk)
+    tensors = [*inputs.models, *([] if inputs.base is None else [inputs.base])]
+    taken = all(t.dtype in backend.GPU_FLOATS for t in tensors) and len(tensors) <= kernel.MAX_INPUTS
+    if recipe.method.gpu(task.parameters) and taken:
+        inputs.device = limit.device
+    return inputs
 
 
 def _check(task: Task, chunk: Chunk) -> None:
@@ -145,7 +162,7 @@ def survey(recipe: Recipe, tasks: list[Task], limit: Limits, seed: int) -> dict[
     if not whole or method.survey is None:
         return {}
     with one_thread():
-        facts = method.survey([(task.inputs(recipe, seed, limit.chunk), task.parameters) for task in whole])
+        facts = method.survey([(_placed(recipe, task, limit, seed), task.parameters) for task in whole])
     for task in whole:
         for read in task.reads:
             read.checkpoint.drop(read.name)

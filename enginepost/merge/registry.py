@@ -91,6 +91,8 @@ class Method:
     rows: given the parameters, whether chunks must hold whole rows; columns: given parameters and shape, the length of a row.
     survey: for what is decided over the whole model: when `whole_model(parameters)` it is called once, before the merge, with
     [(inputs, parameters)] of every tensor; what it returns is each tensor's `inputs.shared`.
+    gpu: given the parameters, whether reduce and combine leave all arithmetic on elements to enginepost.kernels.merge, which takes
+    tensors on a GPU and gives the same bits there.
     """
 
     name: str
@@ -107,6 +109,7 @@ class Method:
     columns: Callable[[Mapping[str, Any], tuple[int, ...]], int] = lambda p, shape: shape[-1] if shape else 1
     random: bool = False
     whole_model: Callable[[Mapping[str, Any]], bool] = lambda p: False
+    gpu: Callable[[Mapping[str, Any]], bool] = lambda p: False
 
     def parameter(self, name: str) -> Param:
         for parameter in self.parameters:

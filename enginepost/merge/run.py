@@ -86,6 +86,7 @@ def merge(
     shard_bytes: float = 5e9,
     dry_run: bool = False,
     dequantize: bool = False,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> list[MergeReport]:
     """Merge models as a mergekit recipe says.
@@ -100,6 +101,8 @@ def merge(
         dry_run: check and plan, write nothing.
         dequantize: take inputs in bitsandbytes' 4 bits as the numbers that their codes stand for (a copy of each beside OUT, removed
             at the end); without it they are refused, for their rounding errors add up.
+        device: "cuda": weighted sums and task vectors on the GPU, with the bits of the CPU; methods that work row by row or choose
+            element by element stay on the CPU.
         progress: called after every tensor with (bytes done, bytes in all, tensor name).
     Returns:
         One report a document, in the order they were made.
@@ -137,7 +140,18 @@ def merge(
         else:
             reports.append(
                 _merge_one(
-                    document, directory, earlier, out, seed, threads, memory, shard_bytes, dry_run, dequantize, progress
+                    document,
+                    directory,
+                    earlier,
+                    out,
+                    seed,
+                    threads,
+                    memory,
+                    shard_bytes,
+                    dry_run,
+                    dequantize,
+                    device,
+                    progress,
                 )
             )
         if document.name:
@@ -161,7 +175,7 @@ def _final(recipes: list[Recipe], file: str) -> Recipe:
 
 def _merge_one(
     recipe: Recipe, directory: Path, earlier: Mapping[str, Path], out: Path, seed: int, threads: int | None, memory: float,
-    shard_bytes: float, dry_run: bool, dequantize: bool, progress: Progress | None,
+    shard_bytes: float, dry_run: bool, dequantize: bool, device: str, progress: Progress | None,
 ) -> MergeReport:  # fmt: skip
     started = time.perf_counter()
     places = {ref: locate(ref, recipe.file, earlier) for ref in recipe.references()}
@@ -176,13 +190,24 @@ def _merge_one(
         try:
             inner = {**places, **copies}
             return _merge_opened(
-                recipe, inner, directory, started, fingerprint, seed, threads, memory, shard_bytes, dry_run, progress
+                recipe,
+                inner,
+                directory,
+                started,
+                fingerprint,
+                seed,
+                threads,
+                memory,
+                shard_bytes,
+                dry_run,
+                device,
+                progress,
             )
         finally:
             for copy, _ in copies.values():
                 _remove(copy.parent)
     return _merge_opened(
-        recipe, places, directory, started, fingerprint, seed, threads, memory, shard_bytes, dry_run, progress
+        recipe, places, directory, started, fingerprint, seed, threads, memory, shard_bytes, dry_run, device, progress
     )
 
 
@@ -205,7 +230,8 @@ def _dequantized(
 
 def _merge_opened(
     recipe: Recipe, places: Mapping[ModelRef, tuple[Path, Path | None]], directory: Path, started: float, fingerprint: str,
-    seed: int, threads: int | None, memory: float, shard_bytes: float, dry_run: bool, progress: Progress | None,
+    seed: int, threads: int | None, memory: float, shard_bytes: float, dry_run: bool, device: str,
+    progress: Progress | None,
 ) -> MergeReport:  # fmt: skip
     models = {ref: open_model(ref, place[0]) for ref, place in places.items()}
     _check_architectures(recipe, models)
@@ -229,7 +255,7 @@ def _merge_opened(
         if vocabulary is not None and recipe.tokenizer is not None and not dry_run:
             rearranged = rearrange(recipe, recipe.tokenizer, vocabulary, models, partial / "vocabulary")
         tasks = make_tasks(recipe, models, rearranged) if not (dry_run and vocabulary) else _dry_tasks(recipe, models)
-        limit = limits(recipe, tasks, threads, memory)
+        limit = limits(recipe, tasks, threads, memory, device)
         report = _report(recipe, directory, tasks, limit, places)
         if dry_run:
             return report

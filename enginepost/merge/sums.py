@@ -57,6 +57,7 @@ method(
     "linear",
     reduce=_linear,
     writes=True,
+    gpu=lambda p: True,
     parameters=[
         Param("weight", scope="input", about="share of each model"),
         Param("normalize", bool, True, about="divide by the sum of the weights"),
@@ -69,7 +70,7 @@ method(
 def _slerp(inputs: Inputs, p: Params) -> list[float]:
     # from the base (t = 0) to the other model (t = 1)
     assert inputs.base is not None
-    both = Inputs(inputs.name, [inputs.base, inputs.models[0]], chunk=inputs.chunk)
+    both = Inputs(inputs.name, [inputs.base, inputs.models[0]], chunk=inputs.chunk, device=inputs.device)
     g = _gram(both, deltas=False)
     norm = [n if n > 1e-8 else 1.0 for n in (math.sqrt(g[0, 0]), math.sqrt(g[1, 1]))]
     dot = max(-1.0, min(1.0, g[0, 1] / norm[0] / norm[1]))
@@ -84,6 +85,7 @@ method(
     "slerp",
     reduce=_slerp,
     writes=True,
+    gpu=lambda p: True,
     base="required",
     models=(1, 1),
     parameters=[Param("t", about="0 = the base, 1 = the other model")],
@@ -142,6 +144,7 @@ method(
     "nuslerp",
     reduce=_nuslerp,
     writes=True,
+    gpu=lambda p: p["nuslerp_flatten"],
     base="optional",
     models=(2, 2),
     rows=lambda p: not p["nuslerp_flatten"],
@@ -186,6 +189,7 @@ method(
     "multislerp",
     reduce=_multislerp,
     writes=True,
+    gpu=lambda p: True,
     base="optional",
     parameters=[
         _WEIGHT,
@@ -232,6 +236,7 @@ method(
     "karcher",
     reduce=_karcher,
     writes=True,
+    gpu=lambda p: True,
     parameters=[
         Param("max_iter", int, 10, low=0, about="iterations at most"),
         Param("tol", float, 1e-5, low=0.0, about="stop when the mean moves less"),
@@ -283,6 +288,7 @@ method(
     "model_stock",
     reduce=_stock,
     writes=True,
+    gpu=lambda p: not p["filter_wise"],
     base="required",
     models=(2, None),
     rows=lambda p: p["filter_wise"],
@@ -301,6 +307,7 @@ method(
     "passthrough",
     reduce=_passthrough,
     writes=True,
+    gpu=lambda p: True,
     models=(1, 1),
     parameters=[Param("scale", float, None, scope="input", about="multiplies the tensor")],
     about="the tensor as it is, for stacking layers with slices",

@@ -161,7 +161,7 @@ def _reduce(kind: str, elect: bool) -> Any:
             signs = 0
             trial = {"selects": [replace(s) for s in facts["selects"]], "zero_sign": 1}
             for chunk in inputs.chunks():
-                signs += _task_sum(chunk, p, trial, torch.empty(chunk.numel), elect)
+                signs += _task_sum(chunk, p, trial, torch.empty(chunk.numel, device=inputs.device), elect)
             facts["zero_sign"] = (signs > 0) - (signs < 0)
         return facts
 
@@ -243,6 +243,7 @@ def _declare(name: str, kind: str, elect: bool, *, normalize: bool, rescale: boo
             random=kind in ("random", "ranked"),
             survey=survey if kind == "magnitude" else None,
             whole_model=lambda p: kind == "magnitude" and p["trim"] == "model",
+            gpu=lambda p: True,
         )
     )
 

@@ -79,6 +79,7 @@ class Inputs:
         chunk: most elements of a chunk.
         spare: bytes that a method may keep between its passes, besides chunks.
         rows: whether chunks hold whole rows; columns: length of a row.
+        device: where chunks go, "cpu" or "cuda".
         shared: facts about the whole model that a method asked for (see `Method.survey`).
     """
 
@@ -92,6 +93,7 @@ class Inputs:
     rows: bool = False
     shared: dict = field(default_factory=dict)
     columns: int = 0
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         first = self.models[0] if self.models else self.base
@@ -110,8 +112,8 @@ class Inputs:
             step = max(1, self.chunk // BLOCK) * BLOCK
         for start in range(0, self.numel, max(1, step)):
             piece = slice(start, min(start + step, self.numel))
-            base = None if self.base is None else self.base[piece]
-            yield Chunk(start, [t[piece] for t in self.models], base, self.columns, self.rows)
+            base = None if self.base is None else self.base[piece].to(self.device)
+            yield Chunk(start, [t[piece].to(self.device) for t in self.models], base, self.columns, self.rows)
 
     def random_key(self, model: int) -> int:
         """64 bits from (seed, tensor name, model)."""

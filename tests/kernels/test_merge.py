@@ -251,6 +251,39 @@ def test_gpu_has_the_bits_of_the_cpu(backend: Any, dtypes: list[torch.dtype], of
             assert np.array_equal(one, other), (one, other)
 
 
+METHODS_ON_A_GPU: list[tuple[str, dict[str, Any]]] = [
+    ("linear", {"weight": [0.3, 0.6]}),
+    ("slerp", {"t": 0.3}),
+    ("nuslerp", {"weight": [0.3, 0.6], "nuslerp_flatten": True}),
+    ("multislerp", {"weight": [0.3, 0.6]}),
+    ("karcher", {}),
+    ("model_stock", {}),
+    ("task_arithmetic", {"weight": [0.3, 0.6]}),
+    ("ties", {"weight": [0.3, 0.6], "density": 0.4, "zero_sign": "majority"}),
+    ("ties", {"weight": [0.3, 0.6], "density": 0.4, "trim": "model"}),
+    ("dare_ties", {"weight": [0.3, 0.6], "density": 0.4}),
+    ("breadcrumbs", {"weight": [0.3, 0.6], "density": 0.4, "gamma": 0.1}),
+    ("della", {"weight": [0.3, 0.6], "density": 0.4}),
+]
+
+
+@pytest.mark.parametrize(("method", "parameters"), METHODS_ON_A_GPU)
+def test_methods_whose_kernels_are_on_a_gpu(emulated_module, method, parameters) -> None:  # type: ignore[no-untyped-def]
+    """Reduction and combination, in two chunks: the emulated kernels take all of it, and give the bits of the CPU's."""
+    from enginepost.merge import METHODS, merge_tensors
+    from enginepost.merge.apply import complete
+
+    count = METHODS[method].models[1] or 2
+    assert METHODS[method].gpu(complete(METHODS[method], parameters, count, "test"))
+    base, models = tensors(BLOCK + 5 * 16, count, torch.bfloat16)
+    given = [m.view(-1, 16) for m in models], None if METHODS[method].base == "ignored" else base.view(-1, 16)
+    emulated_module.statistics()
+    with use_backend("emulated"):
+        ours = merge_tensors(method, *given, chunk=BLOCK, **parameters)
+    assert emulated_module.statistics()["launches"] >= 2
+    assert torch.equal(ours, merge_tensors(method, *given, chunk=BLOCK, **parameters))
+
+
 def test_any_order_of_warps_and_blocks_gives_the_same_bits(each_schedule) -> None:  # type: ignore[no-untyped-def]
     n, columns = 3 * 8192 + 5 * 16, 16
     base, models = tensors(n, 3, torch.bfloat16)

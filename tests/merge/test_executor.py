@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from small_checkpoints import save, tensors, two
 
+from enginepost.kernels import backend
 from enginepost.merge import METHODS, MergeError, merge, merge_tensors
 
 METHODS_OF_TWO = {
@@ -44,6 +45,27 @@ def test_same_bytes_for_any_threads_and_memory(method, family, write, tmp_path) 
         merge(recipe, tmp_path / str(i), threads=threads, memory=memory)
         found.append(digest(tmp_path / str(i)))
     assert all(f == found[0] for f in found)
+
+
+@pytest.mark.parametrize("method", METHODS_OF_TWO)
+def test_gpu_writes_the_bytes_of_the_cpu(method, family, write, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    if not (torch.cuda.is_available() and backend.info()["cuda"]):
+        pytest.skip("no CUDA GPU, or a build without CUDA kernels")
+    shared, model = METHODS_OF_TWO[method]
+    recipe = write(two(family, method, shared, model))
+    for device in ("cpu", "cuda"):
+        merge(recipe, tmp_path / device, device=device)
+    assert digest(tmp_path / "cuda") == digest(tmp_path / "cpu")
+
+
+def test_a_device_that_is_not_here_is_an_error(family, write, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    recipe = write(two(family, "linear", "{weight: 0.5}"))
+    with pytest.raises(MergeError, match="'tpu' is not one to merge on"):
+        merge(recipe, tmp_path / "out", device="tpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MergeError, match="torch finds no CUDA GPU here"):
+        merge(recipe, tmp_path / "out", device="cuda")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
