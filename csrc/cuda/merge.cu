@@ -33,7 +33,7 @@ template <int ROWS, int COLUMNS, bool DIAGONAL>
 __global__ void __launch_bounds__(THREADS) inner_products(const MergeGram a, double *partial, int row, int column) {
   constexpr int N = DIAGONAL ? ROWS * (ROWS + 1) / 2 : ROWS * COLUMNS;
   const int64_t from = int64_t(blockIdx.x) * SUM_BLOCK, end = min(a.size, from + SUM_BLOCK);
-  const double total = sum_in_order<N>(from, end, shared_memory<double>(), [&](int64_t i, double (&sum)[N]) {
+  const double total = sum_in_order<N, 2>(from, end, shared_memory<double>(), [&](int64_t i, double (&sum)[N]) {
     double x[ROWS], y[COLUMNS];
     const float b = a.base.data == nullptr ? 0.f : load_one(a.base, i);
 #pragma unroll

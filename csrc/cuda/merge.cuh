@@ -82,8 +82,8 @@ __device__ __forceinline__ void add_counts(long long *total, int count) {
 }
 
 // total[k], in thread k, = sum over the elements [from, end) of term k, which term(i, lane sums) adds, in the order of the CPU.
-// room: 2 N GROUPS doubles of shared memory, free again after the next barrier.
-template <int N, class Term>
+// room: N GROUPS doubles of shared memory. UNROLL steps at once: more loads in flight, more registers.
+template <int N, int UNROLL, class Term>
 __device__ __forceinline__ double sum_in_order(int64_t from, int64_t end, double *room, Term &&term) {
   const int group = int(threadIdx.x) / 8, lane = int(threadIdx.x) % 8;
   double total = 0;
@@ -92,7 +92,7 @@ __device__ __forceinline__ double sum_in_order(int64_t from, int64_t end, double
 #pragma unroll
     for (int k = 0; k < N; k++) sum[k] = 0;
     const int64_t first = round + int64_t(group) * TILE + lane;
-#pragma unroll 2
+#pragma unroll UNROLL
     for (int step = 0; step < TILE / 8; step++) {
       if (first + 8 * step < end) term(first + 8 * step, sum);
     }

@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(THREADS) masked_sums(const Source *source, con
   const Cross c = *cross;
   const int64_t from = int64_t(blockIdx.x) * block, end = min(size, from + block);
   Draws draws(s.key, start + from);
-  const double total = sum_in_order<2>(from, end, shared_memory<double>(), [&](int64_t i, double (&sum)[2]) {
+  const double total = sum_in_order<2, 4>(from, end, shared_memory<double>(), [&](int64_t i, double (&sum)[2]) {
     const float d = delta_one(s.x, base, i);
     const double size_of = double(fabsf(d));
     sum[0] = __dadd_rn(sum[0], size_of);
@@ -172,10 +172,9 @@ __global__ void __launch_bounds__(THREADS) masked_sums(const Source *source, con
 
 // Rows one after the other: see merge_rank_mask of the CPU for the ranks.
 struct RankRoom {
-  double sums[2 * GROUPS];
   int count[RANK_SLOTS], limit[RANK_SLOTS], warp[THREADS / 32], most;
 };
-__global__ void __launch_bounds__(THREADS) rank_mask(const MergeRankMask a, double *partial) {
+__global__ void __launch_bounds__(THREADS, 4) rank_mask(const MergeRankMask a) {
   constexpr int SHIFT = 17, EACH = RANK_SLOTS / THREADS;
   RankRoom &room = *shared_memory<RankRoom>();
   const int thread = int(threadIdx.x), lane = thread % 32, warp = thread / 32;
@@ -227,14 +226,6 @@ __global__ void __launch_bounds__(THREADS) rank_mask(const MergeRankMask a, doub
         if (shift != 0 && bits >> (32 - shift) != 0) atomicOr(a.mask + (word >> 5) + 1, int(bits >> (32 - shift)));
       }
     }
-    if (partial == nullptr) continue;
-    const double total = sum_in_order<2>(from, from + a.columns, room.sums, [&](int64_t i, double (&sum)[2]) {
-      const float d = delta_one(a.x, a.base, i);
-      const double size_of = double(fabsf(d));
-      sum[0] = __dadd_rn(sum[0], size_of);
-      if (stays(d, i)) sum[1] = __dadd_rn(sum[1], size_of);
-    });
-    if (thread < 2) partial[2 * row + thread] = total;
   }
 }
 
@@ -402,10 +393,13 @@ int merge_rank_mask(const MergeRankMask &a, void *stream) {
   if (a.size == 0) return EP_OK;
   if (const int status = clear(a.mask, (a.size + 31) / 32 * 4, stream)) return status;
   const int64_t rows = a.size / a.columns;
-  double *partial = a.total == nullptr ? nullptr : reinterpret_cast<double *>(a.workspace);
   const dim3 grid(unsigned(min(rows, int64_t(1) << 20)));
-  if (const int status = launch(&rank_mask, grid, THREADS, sizeof(RankRoom), stream, a, partial)) return status;
-  return partial == nullptr ? int(EP_OK) : add_sums(a.total, partial, rows, stream);
+  if (const int status = launch(&rank_mask, grid, THREADS, sizeof(RankRoom), stream, a)) return status;
+  if (a.total == nullptr) return EP_OK;
+  ep_merge_select bits = {};
+  bits.kind = EP_SELECT_BITS;
+  const MergeMaskedSums sums = {a.x, a.base, a.size, a.start, a.columns, &bits, a.mask, a.total, a.workspace};
+  return merge_masked_sums(sums, stream);
 }
 
 int merge_task_sum(const MergeTaskSum &a, void *stream) {
