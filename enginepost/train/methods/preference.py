@@ -130,7 +130,7 @@ def precomputed(method: Any, model: Any, rows: AnswerRows) -> Tensor:
     """Reference log-probabilities of every record of the data set of `rows`, from the cache on disk or made now."""
     dataset = AnswerRows(rows.preferences, torch.arange(len(rows.preferences)).numpy(), rows.shared)
     key = f"{dataset.fingerprint()}:{getattr(method.recipe, 'ld_alpha', None)}:{rows.shared is not None}"
-    path = cache_path(method.reference, key, model.dtype)
+    path = cache_path(method.reference.files, key, model.dtype)
     shape = (rows.each * len(rows.preferences),)
     found = read_cache(path, shape)
     if found is not None:
