@@ -142,12 +142,16 @@ def generate(
         bool, typer.Option("--raw", help="Continue the prompt as it is, without the model's chat template.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="nf4, nf4-double or fp4: linear layers in 4 bits."),
+    ] = None,
 ) -> None:
     """Let a model answer a prompt (in its chat template if it has one) or continue it (--raw)."""
     import enginepost
 
     texts = [sys.stdin.read() if p == "-" else p for p in prompt]
-    language_model = enginepost.load(model, adapter=adapter, dtype=dtype)
+    language_model = enginepost.load(model, adapter=adapter, dtype=dtype, quantize=quantize)
     chat = language_model.tokenizer.chat_template is not None and not raw
     if system is not None and not chat:
         raise EnginepostError("--system needs a chat template: this model has none, or --raw was given")

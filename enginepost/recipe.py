@@ -151,6 +151,7 @@ class Recipe(_Strict):
     # recompute each block's activations in backward: less memory, about a quarter more time. "host" and "bf16" say how the inputs of
     # the blocks are kept: in a GPU's host memory, or rounded to bfloat16 (that alters the gradients of an fp32 run)
     checkpointing: bool | Literal["host", "bf16"] = True
+    mlp_chunk: Count | None = None  # tokens of which a block's MLP is computed at a time; null = all of a micro-batch
     memory: Annotated[str | None, BeforeValidator(_memory)] = None  # auto or 12GB: choose weights and checkpointing
     # run
     save_every: Count = 100  # optimizer steps between checkpoints: what a crash can cost

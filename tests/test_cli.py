@@ -99,7 +99,9 @@ def test_import_is_quick_and_loads_no_torch() -> None:
     assert seconds < 0.2 and out.strip() == "False"
 
 
-def test_train_generate_fuse_generate(call: Call, recipe_file: pathlib.Path, tiny_model_dir: pathlib.Path) -> None:
+def test_train_generate_fuse_generate(
+    call: Call, recipe_file: pathlib.Path, tiny_model_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here = recipe_file.parent
     done = call("train", "small.yaml", "lora.r=2", "learning_rate=1e-2")
     assert done.returncode == 0, done.stderr
@@ -120,6 +122,12 @@ def test_train_generate_fuse_generate(call: Call, recipe_file: pathlib.Path, tin
     assert base.returncode == 0 and base.stdout != alone.stdout
     raw = call("generate", str(tiny_model_dir), "--raw", *ask)
     assert raw.returncode == 0 and raw.stdout != base.stdout
+    monkeypatch.setenv("ENGINEPOST_CACHE", str(here / "cache"))
+    assert call("quantize", str(tiny_model_dir), "four", "--type", "nf4").returncode == 0
+    in_4_bits = call("generate", str(tiny_model_dir), "--quantize", "nf4", *ask)
+    assert in_4_bits.returncode == 0 and in_4_bits.stdout == call("generate", "four", *ask).stdout != base.stdout
+    refused = call("generate", str(tiny_model_dir), "--quantize", "nf9", *ask)
+    assert refused.returncode == 1 and "quantize 'nf9' is not known; use nf4, nf4-double, fp4" in refused.stderr
     refused = call("generate", str(tiny_model_dir), "--raw", "--system", "be brief", *ask)
     assert refused.returncode == 1 and "--system needs a chat template" in refused.stderr
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from bench import tables
+from bench import predicted, tables
 from enginepost.recipe import Lora, Recipe, load_recipe, recipe_class
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -48,6 +48,10 @@ def test_example_recipes_are_valid(recipe):
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
         assert target.startswith("http") or (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_predicted_table_is_what_the_planner_says():
+    assert "\n".join(predicted.table()) + "\n" in (ROOT / "docs/memory.md").read_text()
 
 
 def test_tables_are_those_of_the_committed_results():

@@ -12,6 +12,7 @@ the checkpoint's matrices one below the other; `enginepost.model.weights` knows 
 """
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -26,6 +27,7 @@ from enginepost.kernels.lora import LoraPart, Weight, lora_linear
 from enginepost.kernels.matmul import mm
 from enginepost.kernels.norm import add_rms_norm, rms_norm
 from enginepost.kernels.rope import rope
+from enginepost.model.chunked import chunked
 from enginepost.model.recompute import Kept, recompute
 from enginepost.model.rotary import tables
 from enginepost.model.spec import LayerSpec, ModelSpec
@@ -117,9 +119,11 @@ class Block(nn.Module):
         self.k_norm = vector(kv if whole else spec.head_dim) if spec.qk_norm else None
 
     def forward(
-        self, h: Tensor, cu_seqlens: Tensor, tables: _Tables, seed: int = 0, cache: Cache | None = None
-    ) -> Tensor:
-        """h `[T, H]` -> `[T, H]`. tables: this layer's (cos, sin), None where it does not rotate."""
+        self, h: Tensor, cu_seqlens: Tensor, tables: _Tables, seed: int = 0, cache: Cache | None = None,
+        rows: int | None = None, enter: Callable[[], None] = lambda: None,
+    ) -> Tensor:  # fmt: skip
+        """h `[T, H]` -> `[T, H]`. tables: this layer's (cos, sin), None where it does not rotate; rows, enter: of the MLP, see
+        `enginepost.model.chunked`."""
         eps, offset = self.spec.eps, self.spec.norm_offset
         y = h if self.attention_norm is None else rms_norm(h, self.attention_norm, eps, offset=offset)
         a = self.o(self._attend(self.qkv(y, seed), cu_seqlens, tables, cache), seed + 1)
@@ -128,8 +132,17 @@ class Block(nn.Module):
             y = h = h + a
         else:
             y, h = add_rms_norm(a, h, self.mlp_norm, eps, offset=offset)
-        m = self.down(glu(self.gate_up(y, seed + 2), self.spec.activation), seed + 3)
+        if rows is None or rows >= len(y):
+            m = self._mlp(y, 0, seed)
+        else:
+            trained = [p for linear in (self.gate_up, self.down) for p in linear.parameters() if p.requires_grad]
+            m = chunked(functools.partial(self._mlp, seed=seed), y, trained, rows, enter)
         return h + self._branch(m, self.mlp_post_norm)
+
+    def _mlp(self, y: Tensor, chunk: int, seed: int) -> Tensor:
+        """y `[rows, H]` -> `[rows, H]`; dropout depends on the row within a chunk, so each chunk has a seed of its own."""
+        seed += chunk << 44
+        return self.down(glu(self.gate_up(y, seed + 2), self.spec.activation), seed + 3)
 
     def _branch(self, x: Tensor, norm: Tensor | None) -> Tensor:
         if norm is not None:
@@ -170,6 +183,7 @@ class Transformer(nn.Module):
 
     Attributes: spec; config: the config.json it came from; checkpointing: recompute each block's activations in the backward
     pass instead of keeping them (same bits, less memory): True, or how the inputs are kept (`enginepost.model.recompute`);
+    mlp_chunk: tokens of which the MLP of a block is computed at a time (`enginepost.model.chunked`), None for all;
     dropout_seed: keys the dropout of LoRA, to be set anew for every micro-batch of a training run; stream: feeds the blocks their
     weights where those do not stay (`enginepost.model.residency`).
     """
@@ -186,6 +200,7 @@ class Transformer(nn.Module):
         home = device if linears is None else torch.device(linears)
         self.spec, self.config = spec, config
         self.checkpointing: bool | Kept = False
+        self.mlp_chunk: int | None = None
         self.dropout_seed = 0
         self.stream: Stream | None = None
         self.quantization: str | None = None  # "nf4", "nf4-double", "fp4", "fp4-double": of linear layers in 4 bits
@@ -258,13 +273,15 @@ class Transformer(nn.Module):
         self, i: int, h: Tensor, cu_seqlens: Tensor, turn: _Tables, seed: int, cache: Cache | None = None
     ) -> Tensor:
         """Block i, in the forward pass and in recomputation."""
+        enter = functools.partial(self.enter, i)
+        run = functools.partial(self.blocks[i], h, cu_seqlens, turn, seed, cache, self.mlp_chunk, enter)
         if self.stream is None:
-            return self.blocks[i](h, cu_seqlens, turn, seed, cache)
+            return run()
         self.stream.enter(i)
         if not torch.is_grad_enabled() or self._recomputes(cache):
-            return self.blocks[i](h, cu_seqlens, turn, seed, cache)
+            return run()
         with self.stream.by_reference(i):
-            return self.blocks[i](h, cu_seqlens, turn, seed, cache)
+            return run()
 
     def enter(self, i: int) -> None:
         """The weights of block i are there when this returns, until another block is entered."""

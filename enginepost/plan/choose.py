@@ -12,6 +12,7 @@ from enginepost.plan.speed import step_seconds
 # Of the budget, for what is allocated beside what is counted: unlike sizes in a GPU's caching allocator, small tensors on a CPU.
 MARGIN = {"cpu": 1.03, "cuda": 1.06}
 LONGEST = 1 << 22  # tokens; the search ends there
+MLP_CHUNK = 1024  # tokens: enough rows for products at the full rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +71,8 @@ def choices(
             fields |= setup_fields
             same = same and bits
         setup = dataclasses.replace(s, **fields)
+        if setup.in_backward and setup.micro_batches > 1:
+            continue  # the first micro-batch would move the weights before the others are seen
         seconds = step_seconds(setup, machine, context)
         found.append(Choice(changes, setup, step_peak(setup), seconds, same))
     return sorted(found, key=lambda c: (not c.same_bits, round(c.seconds, 6), len(c.changes), c.peak.total))
@@ -80,12 +83,30 @@ def cheapest(found: Iterable[Choice], machine: Machine) -> Choice | None:
     return next((c for c in found if fits(c.peak, machine)), None)
 
 
+def utmost(found: Iterable[Choice], machine: Machine) -> tuple[int, Choice] | None:
+    """(the longest context of all choices, the first choice that allows it); None where none allows any."""
+    longest: tuple[int, Choice] | None = None
+    for choice in found:
+        # Worth a search only where more than the best so far fits.
+        more = 1 if longest is None else longest[0] + max(1, longest[0] // 1000)
+        if fits(step_peak(dataclasses.replace(choice.setup, tokens=more)), machine):
+            longest = longest_context(choice.setup, machine), choice
+    return longest
+
+
 def _options(
     key: str, s: Setup, machine: Machine, batch_size: int, max_length: int
 ) -> list[tuple[dict[str, Any], dict[str, Any], bool]]:
     """(recipe keys, fields of Setup, same bits) of the values that a switch has beside the recipe's own."""
     if key == "checkpointing":
-        return [({key: not s.checkpointing}, {key: not s.checkpointing}, True)]
+        ways = (True, False, "host") if machine.device == "cuda" else (bool(s.checkpointing), not s.checkpointing)
+        return [({key: way}, {key: way}, True) for way in ways if way != s.checkpointing]
+    if key == "mlp_chunk" and s.mlp_chunk is None:
+        return [
+            ({key: MLP_CHUNK}, {key: MLP_CHUNK}, True)
+        ]  # the same sums in another order, as with smaller micro-batches
+    if key == "optimizer_in_backward" and not s.in_backward and s.micro_batches == 1:
+        return [({key: True, "clip": None}, {"in_backward": True}, False)]
     if key == "weights" and not s.full:
         homes = ("resident", "host", "disk") if machine.device == "cuda" else ("resident", "disk")
         return [({key: home}, {key: home}, True) for home in homes if home != s.weights]
@@ -109,4 +130,6 @@ def _options(
 
 def described(changes: Mapping[str, Any]) -> str:
     """`weights=disk checkpointing=true`: as the command line takes it."""
-    return " ".join(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in changes.items())
+    return " ".join(
+        f"{k}={'null' if v is None else str(v).lower() if isinstance(v, bool) else v}" for k, v in changes.items()
+    )

@@ -1,14 +1,15 @@
 """The peak memory of a training step, item by item, from a model's config alone.
 
 A step is played through with sizes in place of tensors: `Tape` holds what is alive, by item, and remembers the highest total and
-what it was made of. What is allocated and freed, and when, follows the code: Block.forward of model/transformer.py, the autograd
-functions of kernels/*.py, AdamW of train/optimizer.py. Only the blocks at the two ends are played, as every item between them
+what it was made of. What is allocated and freed, and when, follows the code: of blocks in plan/block.py, of
+the rest here and in AdamW of train/optimizer.py. Only the blocks at the two ends are played, as every item between them
 grows or shrinks evenly from one to the other.
 
     T tokens, e bytes an element, h width, q = heads * D, kv = kv_heads * D, I inner width, R summed ranks of a linear layer
 
     kept of a block       T e (4 h + 2 q + 2 kv + 3 I) + 4 T R + lse          all blocks, or with checkpointing the one at work
     kept with checkpointing   T e h a block
+    with mlp_chunk        3 I and the ranks of the MLP are those of a chunk, and of one block, with checkpointing or without
     head                  4 T h, the direction of each log-probability, while the head is frozen
 """
 
@@ -19,23 +20,8 @@ from collections.abc import Mapping
 
 from enginepost.model.layout import block_bytes, layout, match_targets
 from enginepost.model.spec import ModelSpec
+from enginepost.plan.block import Tape, block_backward, block_forward, kept_bytes
 
-# Items, in the order in which reports show them.
-ITEMS = {
-    "weights": "weights that stay",
-    "slots": "weights that stream through",
-    "adapters": "adapters",
-    "masters": "float32 master weights",
-    "gradients": "gradients",
-    "optimizer": "optimizer moments",
-    "inputs": "block inputs kept for the backward pass",
-    "activations": "activations",
-    "head": "head",
-    "batch": "tokens and rotary tables",
-    "workspace": "kernels' workspace",
-    "process": "Python, torch and the driver",
-}
-LINEARS = ("qkv", "o", "gate_up", "down")
 SMALLEST8 = 4096  # elements from which 8-bit moments are used (kernels/adamw.py)
 # Anonymous memory of a process that has imported torch and this package and trained something small, beside what is counted here:
 # measured on x86-64 Linux, torch 2.6 to 2.9. On a GPU: the context, which the allocator does not see.
@@ -62,6 +48,7 @@ class Setup:
     dora: bool = False
     dropout: bool = False
     checkpointing: bool | str = True  # "host": block inputs in host memory; "bf16": rounded to two bytes
+    mlp_chunk: int | None = None  # tokens of which an MLP is computed at a time
     quantize: str | None = None
     weights: str = "resident"
     slots: int = 2
@@ -84,29 +71,6 @@ class Peak:
     @property
     def total(self) -> float:
         return sum(self.items.values())
-
-
-class Tape:
-    """What is alive, in bytes by item, and the highest total so far."""
-
-    def __init__(self) -> None:
-        self.now: dict[str, float] = dict.fromkeys(ITEMS, 0.0)
-        self.total, self.top = 0.0, 0.0
-        self.at_top: dict[str, float] = {}
-        self.moment, self.when = "", ""
-
-    def take(self, nbytes: float, item: str = "activations") -> tuple[str, float]:
-        """Allocate; what comes back is for `free`."""
-        self.now[item] += nbytes
-        self.total += nbytes
-        if self.total > self.top:
-            self.top, self.at_top, self.when = self.total, dict(self.now), self.moment
-        return item, nbytes
-
-    def free(self, *held: tuple[str, float]) -> None:
-        for item, nbytes in held:
-            self.now[item] -= nbytes
-            self.total -= nbytes
 
 
 def adapter(spec: ModelSpec, targets: str | list[str], rank: int, patterns: Mapping[str, int], dora: bool) -> tuple[
@@ -244,8 +208,15 @@ def workspace_bytes(s: Setup) -> float:
     padded = -(-tokens // 32) * 32
     head = padded * (spec.hidden_size + 16) * (3 if s.full else 1)
     attention = tokens * q
-    widths = (spec.hidden_size, q + 2 * kv, q, 2 * spec.intermediate_size, spec.intermediate_size)
-    packed = max(min(32e6 / 4, tokens * k) + s.threads * 0.75e6 / 4 for k in widths) if s.device == "cpu" else 0.0
+    rows = min(tokens, s.mlp_chunk or tokens)  # of the MLP's products
+    products = (
+        (tokens, spec.hidden_size),
+        (tokens, q + 2 * kv),
+        (tokens, q),
+        (rows, 2 * spec.intermediate_size),
+        (rows, spec.intermediate_size),
+    )
+    packed = max(min(32e6 / 4, n * k) for n, k in products) + s.threads * 0.75e6 / 4 if s.device == "cpu" else 0.0
     return 4.0 * max(head + s.threads * 1e5, attention + s.threads * 2e5, packed)
 
 
@@ -259,13 +230,13 @@ def _play(tape: Tape, s: Setup, block: int) -> None:
         away = s.checkpointing == "host" and s.device != "cpu"
         inputs = tape.take(each * (min(block, 2) if away else block), "inputs")
         mine = tape.take(h, "inputs")
-        tape.free(*_forward(tape, s)[0])
+        tape.free(*block_forward(tape, s)[0])
     else:
         inputs = tape.take(0, "inputs")
         mine = tape.take(h, "activations")
         others = tape.take(kept_bytes(s) * block, "activations")
     if block == layers - 1:
-        kept = [] if s.checkpointing else _forward(tape, s)[0]
+        kept = [] if s.checkpointing else block_forward(tape, s)[0]
         tape.moment = "the head"
         _head(tape, s, h)
         tape.free(*kept)
@@ -274,9 +245,9 @@ def _play(tape: Tape, s: Setup, block: int) -> None:
     )
     dout = tape.take(h)
     tape.moment = f"the backward pass of block {block}"
-    kept_again = _forward(tape, s)[1]
+    kept_again = block_forward(tape, s, again=s.checkpointing is True)[1]
     again = tape.take(h if s.checkpointing else 0)  # the output made again, from which the block's backward pass begins
-    _backward(tape, s, kept_again, h)
+    block_backward(tape, s, kept_again, h)
     tape.free(again)
     if block == 0 and s.full:
         # The table's own gradient is dense; with a tied head the two are added when both are there.
@@ -306,145 +277,6 @@ def _head(tape: Tape, s: Setup, h: float) -> None:
         dweight = tape.take(spec.vocab_size * spec.hidden_size * s.itemsize, "head")
         tape.free(dhidden, dweight)
     tape.free(hidden, rows, table)
-
-
-Held = tuple[str, float]
-
-
-@dataclasses.dataclass
-class _Kept:
-    """What a block's forward pass leaves for its backward pass."""
-
-    norms: Held
-    qkv: Held
-    attention: Held
-    middle: Held
-    gate_up: Held
-    inner: Held
-    low_rank: dict[str, Held]
-
-    def all(self) -> list[Held]:
-        return [
-            self.norms, self.qkv, self.attention, self.middle, self.gate_up, self.inner, *self.low_rank.values()
-        ]  # fmt: skip
-
-
-def _sizes(s: Setup) -> dict[str, tuple[int, int]]:
-    """(inputs, outputs) of the linear layers of a block."""
-    spec = s.spec
-    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    return {
-        "qkv": (spec.hidden_size, q + 2 * kv), "o": (q, spec.hidden_size),
-        "gate_up": (spec.hidden_size, 2 * spec.intermediate_size), "down": (spec.intermediate_size, spec.hidden_size),
-    }  # fmt: skip
-
-
-def kept_bytes(s: Setup) -> float:
-    """Bytes that a block without checkpointing keeps, its input not counted (its output is the next one's)."""
-    quiet = Tape()
-    held, kept = _forward(quiet, s)
-    quiet.free(*held)
-    return sum(n for _, n in kept.all()) + s.tokens * s.spec.hidden_size * s.itemsize
-
-
-def _linear(tape: Tape, s: Setup, name: str) -> Held:
-    """The forward pass of a linear layer, its output not counted; returns what is kept for the low-rank update."""
-    inputs, outputs = _sizes(s)[name]
-    parts = s.ranks.get(name, ())
-    total = sum(r for r, _ in parts)
-    kept = tape.take(4.0 * total * (inputs + s.tokens) + (4.0 * s.tokens * outputs if s.dora and parts else 0))
-    if parts:
-        whole = len(parts) == 1 and parts[0][1] == outputs
-        tape.free(tape.take(0 if whole else 4.0 * total * outputs))
-        if s.dropout:
-            tape.free(tape.take(16.0 * s.tokens * inputs))
-        if s.dora:
-            tape.free(tape.take(4.0 * s.tokens * outputs))
-    return kept
-
-
-def _forward(tape: Tape, s: Setup) -> tuple[list[Held], _Kept]:
-    """A block's forward pass. The tensors that it leaves are not freed: they come back twice, as a list and by name."""
-    spec, tokens, e = s.spec, s.tokens, s.itemsize
-    h, q = tokens * spec.hidden_size * e, tokens * spec.heads * spec.head_dim * e
-    qkv, inner = tokens * _sizes(s)["qkv"][1] * e, tokens * spec.intermediate_size * e
-    low: dict[str, Held] = {}
-    norms = tape.take((h if spec.pre_norm else 0) + 4 * tokens)
-    projected = tape.take(qkv)
-    low["qkv"] = _linear(tape, s, "qkv")
-    if spec.qk_norm:
-        # The projection stays, for its norms and for v; q and k once more, rotated.
-        qk = qkv - tokens * spec.kv_heads * spec.head_dim * e
-        normed, turned = tape.take(qk), tape.take(qk)
-        tape.free(normed)
-        turned = (turned[0], turned[1] + projected[1])
-    else:
-        turned = tape.take(qkv)
-    attention = tape.take(q + 4 * tokens * spec.heads)
-    if not spec.qk_norm:
-        tape.free(projected)
-    a = tape.take(h)
-    low["o"] = _linear(tape, s, "o")
-    if spec.post_norm:
-        a = (a[0], a[1] + tape.take(h + 4 * tokens)[1])
-    middle = tape.take(2 * h + 4 * tokens if spec.pre_norm else h)
-    gate_up = tape.take(2 * inner)
-    low["gate_up"] = _linear(tape, s, "gate_up")
-    act = tape.take(inner)
-    low["down"] = _linear(tape, s, "down")
-    m = tape.take(h)
-    if spec.post_norm:
-        tape.free(tape.take(h))
-        norms = (norms[0], norms[1] + a[1] - h + m[1])  # both branches, before their norms
-        tape.free((a[0], h))
-    else:
-        tape.free(a, m)
-    kept = _Kept(norms, turned, attention, middle, gate_up, act, low)
-    return kept.all(), kept
-
-
-def _linear_backward(tape: Tape, s: Setup, name: str, kept: Held) -> None:
-    """The gradients of a linear layer's update or weight, as they come and go; that of its input is not counted."""
-    inputs, outputs = _sizes(s)[name]
-    parts = s.ranks.get(name, ())
-    total = sum(r for r, _ in parts)
-    held = tape.take(4.0 * s.tokens * total * 2 + 4.0 * total * inputs * 2)
-    if s.dora and parts:
-        tape.free(tape.take(12.0 * s.tokens * outputs))
-    if s.dropout and parts:
-        tape.free(tape.take(16.0 * s.tokens * inputs))
-    if s.full:
-        tape.free(tape.take(inputs * outputs * s.itemsize, "gradients"))
-    if s.quantize and name in ("qkv", "gate_up") and s.itemsize != 4 and not s.spec.fused_checkpoint:
-        tape.free(tape.take(4.0 * s.tokens * inputs))
-    tape.free(held, kept)
-
-
-def _backward(tape: Tape, s: Setup, kept: _Kept, h: float) -> None:
-    """A block's backward pass, after which nothing of it is left. The gradient of its output is the caller's."""
-    spec, tokens, e = s.spec, s.tokens, s.itemsize
-    inner = kept.inner[1]
-    d_inner = tape.take(inner)
-    _linear_backward(tape, s, "down", kept.low_rank["down"])
-    tape.free(kept.inner)
-    d_gate_up = tape.take(2 * inner)
-    tape.free(d_inner, kept.gate_up)
-    dy = tape.take(h)
-    _linear_backward(tape, s, "gate_up", kept.low_rank["gate_up"])
-    tape.free(d_gate_up)
-    dh = tape.take(h)
-    tape.free(dy, kept.middle)
-    d_attention = tape.take(tokens * spec.heads * spec.head_dim * e)
-    _linear_backward(tape, s, "o", kept.low_rank["o"])
-    d_qkv = tape.take(tokens * _sizes(s)["qkv"][1] * e)
-    tape.free(d_attention, kept.attention, kept.qkv)
-    d_turned = tape.take(d_qkv[1])
-    tape.free(d_qkv)
-    dx = tape.take(h)
-    _linear_backward(tape, s, "qkv", kept.low_rank["qkv"])
-    tape.free(d_turned)
-    again = tape.take(h)
-    tape.free(dx, kept.norms, dh, again)
 
 
 def _host(s: Setup) -> dict[str, float]:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from enginepost.errors import EnginepostError
 from enginepost.plan import choose
+from enginepost.plan.block import ITEMS
 from enginepost.plan.machine import Machine, gpu, size, this_machine
-from enginepost.plan.memory import ITEMS, Peak, Setup, step_peak
+from enginepost.plan.memory import Peak, Setup, step_peak
 from enginepost.plan.setup import config_of, setup_of
 from enginepost.plan.speed import step_seconds
 from enginepost.recipe import Recipe, load_recipe
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 COUNTED = ("sft", "pretrain")
-SWITCHES = ("checkpointing", "weights", "batch_size", "quantize", "optimizer")
+SWITCHES = ("checkpointing", "weights", "batch_size", "quantize", "mlp_chunk", "optimizer", "optimizer_in_backward")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,13 +181,12 @@ def make_plan(recipe: Recipe, setup: Setup, machine: Machine) -> Plan:
     if fit is False:
         found = _choices(recipe, setup, machine, SWITCHES)
         change = choose.cheapest(found, machine)
-        contexts = [(choose.longest_context(c.setup, machine), c) for c in found if "batch_size" not in c.changes]
-        utmost = max(contexts, key=lambda pair: pair[0])  # the first, so the cheapest, of equals
+        utmost = choose.utmost([c for c in found if "batch_size" not in c.changes], machine)
     return Plan(
         recipe, machine, setup, peak, fit, step_seconds(setup, machine, recipe.max_length),
         choose.longest_context(setup, machine) if known else None,
         choose.largest_batch(setup, machine, recipe.max_length) if known else None, change,
-        utmost if utmost and utmost[0] else None,
+        utmost,
     )  # fmt: skip
 
 

@@ -60,6 +60,7 @@ def setup_of(
         itemsize=ITEMSIZE[recipe.dtype],
         full=recipe.lora is None,
         checkpointing=recipe.checkpointing,
+        mlp_chunk=recipe.mlp_chunk,
         quantize=recipe.quantize or _stored_in_4_bits(config),
         weights=recipe.weights,
         moment_bits=8 if getattr(recipe, "optimizer", "adamw") == "adamw8bit" else 32,

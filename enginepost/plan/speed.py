@@ -1,7 +1,8 @@
-"""Roughly how long a step takes: matrix products at the device's rate, or the streaming of weights where that takes longer.
+"""Roughly how long a step takes: matrix products at the device's rate, or traffic with the host where that takes longer.
 
     FLOP a token    2 N forward, 2 N backward to the input, 2 N more where weights train, 2 N again with checkpointing
                     N elements of the blocks' linear layers; the head 4 V h while it is frozen, 8 V h when it trains
+                    an MLP in chunks is made once more, unless the recomputation of its block leaves it out (model/chunked.py)
                     attention 4 q c forward over c keys on average, 2.5 times that backward
 
 It says which of two recipes is faster, and is within a factor of two of the time on a machine whose rate is known.
@@ -22,8 +23,11 @@ def flops(s: Setup, context: int) -> float:
         keys = min(context, layer.window) if layer.window else context / 2
         attention += 4 * spec.heads * spec.head_dim * keys
     head = (8 if s.full else 4) * spec.vocab_size * spec.hidden_size
+    mlp = 0.0
+    if s.mlp_chunk is not None and s.mlp_chunk < s.tokens and (s.checkpointing is not True or spec.post_norm):
+        mlp = 2.0 * 3 * spec.hidden_size * spec.intermediate_size * len(spec.layers)
     low_rank = 6 * sum(s.adapter_sizes)
-    return s.tokens * (2 * linear * passes + attention * (3.5 + (1 if s.checkpointing else 0)) + head + low_rank)
+    return s.tokens * (2 * linear * passes + attention * (3.5 + (1 if s.checkpointing else 0)) + head + low_rank + mlp)
 
 
 def step_seconds(s: Setup, machine: Machine, context: int) -> float:
@@ -36,5 +40,7 @@ def step_seconds(s: Setup, machine: Machine, context: int) -> float:
         link = machine.link if s.weights == "host" else min(machine.link, 2e9)
         # Forward and backward; the last block of one direction is the first of the other.
         streamed = 2 * blob_bytes(s) * len(s.spec.layers) / link
+    if s.checkpointing == "host" and machine.device == "cuda":
+        streamed += 2 * s.tokens * s.spec.hidden_size * s.itemsize * len(s.spec.layers) / machine.link
     update = 28.0 * sum(trained_sizes(s)) / machine.bandwidth
     return s.micro_batches * max(compute, streamed) + update

@@ -51,7 +51,7 @@ def load(recipe: Recipe, dtype: torch.dtype, checkpoint: pathlib.Path | None) ->
             )
         if checkpoint is not None:
             _restore_adapter(model, checkpoint)
-    model.checkpointing = recipe.checkpointing
+    model.checkpointing, model.mlp_chunk = recipe.checkpointing, recipe.mlp_chunk
     return model.train()
 
 

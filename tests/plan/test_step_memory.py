@@ -10,7 +10,7 @@ from enginepost.data.packing import Sequence, collate
 from enginepost.kernels.linear_logprob import linear_logprob
 from enginepost.model import add_lora, create_model
 from enginepost.model.architectures import architecture
-from enginepost.plan.memory import step_peak
+from enginepost.plan.memory import step_peak, trained_sizes
 from enginepost.plan.setup import setup_of
 from enginepost.recipe import load_recipe
 from enginepost.train.objectives.sft import sft_loss
@@ -31,7 +31,7 @@ def measured_peak(config: dict[str, Any], keys: Mapping[str, Any], tokens: int) 
             model, r=lora.r, alpha=lora.alpha, dropout=lora.dropout, target_modules=lora.targets, use_dora=lora.dora
         )
     model.train()
-    model.checkpointing = recipe.checkpointing
+    model.checkpointing, model.mlp_chunk = recipe.checkpointing, recipe.mlp_chunk
     optimizer = AdamW({n: p for n, p in model.named_parameters() if p.requires_grad}, betas=(0.9, 0.999), eps=1e-8,
                       weight_decay=0.0)  # fmt: skip
     ids = torch.randint(0, config["vocab_size"], (tokens,)).numpy().astype("int32")
@@ -59,7 +59,7 @@ def measured_peak(config: dict[str, Any], keys: Mapping[str, Any], tokens: int) 
     peak = step_peak(setup)
     planned = sum(v for k, v in peak.items.items() if k not in STANDING) - 24 * tokens
     if setup.full and setup.itemsize == 2:
-        planned -= peak.items["gradients"]
+        planned -= 4 * sum(trained_sizes(setup))
     return top, planned
 
 
@@ -83,6 +83,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi-3-mini", {}),
     "granite": ("granite-3.1-2b", {"checkpointing": False}),
     "smollm3": ("smollm3-3b", {}),
+    "chunked": ("llama-3.2-1b", {"mlp_chunk": 64}),
+    "chunked without checkpointing": ("llama-3.2-1b", {"mlp_chunk": 64, "checkpointing": False}),
+    "chunked, one kept in bf16": ("llama-3.2-1b", {"mlp_chunk": 100, "checkpointing": "bf16", "dtype": "fp32"}),
+    "chunked, all weights": ("llama-3.1-8b", {"mlp_chunk": 64, "lora": None}),
+    "chunked, dora and dropout": ("qwen3-0.6b", {"mlp_chunk": 32, "lora": {"dora": True, "dropout": 0.1}}),
+    "chunked gemma2": ("gemma-2-2b", {"mlp_chunk": 64}),
 }
 
 

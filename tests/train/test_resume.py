@@ -30,6 +30,7 @@ FLAVOURS: dict[str, dict[str, Any]] = {
     "dora bf16": {"lora": {"r": 4, "alpha": 8, "dora": True}, "dtype": "bf16"},
     "lora over nf4": {"quantize": "nf4-double", "dtype": "bf16"},
     "lora from disk": {"weights": "disk", "lora": {"r": 4, "alpha": 8, "dropout": 0.3}},
+    "mlp in chunks": {"mlp_chunk": 7, "dtype": "bf16", "lora": {"r": 4, "alpha": 8, "dropout": 0.3}},
     "full fp32": {"lora": None},
     "full bf16, adamw8bit": {"lora": None, "dtype": "bf16", "optimizer": "adamw8bit"},
     "full bf16 in backward": {
@@ -39,6 +40,7 @@ FLAVOURS: dict[str, dict[str, Any]] = {
         "clip": None,
         "gradient_accumulation": 1,
         "optimizer": "adamw8bit",
+        "mlp_chunk": 16,
     },
     "full bf16": {"lora": None, "dtype": "bf16"},
 }
