@@ -159,6 +159,29 @@ struct Selects {
   std::vector<ep_merge_select> selects;
 };
 
+// The numbers of a CPU array of 64 bits, which a merge kernel adds to.
+template <class T>
+T *numbers(const py::object &array, int64_t size, int code, const char *wanted) {
+  const Arg a(array);
+  int64_t here = a.rank() > 0 ? 1 : -1, packed = 1;
+  for (int i = 0; i < a.rank(); i++) here *= a->shape[i];
+  bool whole = here == size && a->device.device_type == kDLCPU && a->dtype.code == code && a->dtype.bits == 64;
+  for (int i = a.rank() - 1; whole && i >= 0; i--) {
+    whole = a->strides == nullptr || a->shape[i] == 1 || a->strides[i] == packed;
+    packed *= a->shape[i];
+  }
+  if (!whole) throw py::value_error(wanted);
+  return reinterpret_cast<T *>(static_cast<char *>(a->data) + a->byte_offset);
+}
+int64_t parts_of(const Arg &x, int64_t block) { return x.rank() == 1 && block > 0 ? (x->shape[0] + block - 1) / block : 0; }
+Workspace merge_workspace(const Arg &x, int count, int64_t values) {
+  const bool gpu = x.rank() == 1 && on_gpu(x) && count <= EP_MERGE_MAX_INPUTS && x->shape[0] >= 0;
+  return Workspace(gpu ? ep_merge_workspace_bytes(x->shape[0], count, values) : 0, x);
+}
+Workspace merge_workspace(const Args &x, int count, int64_t values) {
+  return merge_workspace(x.args.empty() ? Arg(py::none()) : x.args[0], count, values);
+}
+
 }  // namespace
 
 #if defined(EP_EMULATED)
@@ -261,48 +284,48 @@ PYBIND11_MODULE(_core, m) {
     std::vector<double> weights;
     for (const auto &w : factors) weights.push_back(w.cast<double>());
     if (weights.size() != a.tensors.size()) throw py::value_error("merge_weighted_sum: one weight a tensor is needed");
-    run([&] { return ep_merge_weighted_sum(a.tensors.data(), weights.data(), int(weights.size()), b); });
+    run([&] { return ep_merge_weighted_sum(a.tensors.data(), weights.data(), int(weights.size()), b, stream); });
   });
-  m.def("merge_gram", [](const py::list &x, O base) {
+  m.def("merge_gram", [](const py::list &x, O base, O total) {
     Args a(x);
     Arg b(base);
-    std::vector<double> total(a.tensors.size() * a.tensors.size());
-    run([&] { return ep_merge_gram(a.tensors.data(), int(a.tensors.size()), b, total.data()); });
-    py::list out;
-    for (double t : total) out.append(t);
-    return out;
+    const int count = int(a.tensors.size());
+    double *sums = numbers<double>(total, int64_t(count) * count, kDLFloat, "merge_gram: total must be float64 [k, k]");
+    const Workspace workspace = merge_workspace(a, count, 0);
+    run([&] { return ep_merge_gram(a.tensors.data(), count, b, sums, workspace.data(), stream); });
   });
   m.def("merge_magnitude_counts", [](O x, O base, int64_t every, O counts) {
-    Arg a(x), b(base), c(counts);
-    if (c.rank() != 2 || c->shape[0] != 2 || c->shape[1] != 65536 || c->dtype.bits != 64) {
-      throw py::value_error("merge_magnitude_counts: counts must be int64 [2, 65536]");
-    }
-    run([&] { return ep_merge_magnitude_counts(a, b, every, static_cast<int64_t *>(c->data)); });
+    Arg a(x), b(base);
+    auto *c = numbers<int64_t>(counts, 2 * 65536, kDLInt, "merge_magnitude_counts: counts must be int64 [2, 65536]");
+    const Workspace workspace = merge_workspace(a, 1, 65536);
+    run([&] { return ep_merge_magnitude_counts(a, b, every, c, workspace.data(), stream); });
   });
   m.def("merge_window_counts", [](O x, O base, const std::vector<int64_t> &windows, O counts) {
-    Arg a(x), b(base), c(counts);
-    int64_t size = 0;
-    for (size_t i = 1; i < windows.size(); i += 2) size += 1 + windows[i];
-    if (windows.size() % 2 != 0 || c.rank() != 1 || c->shape[0] != size || c->dtype.bits != 64) {
-      throw py::value_error("merge_window_counts: windows are pairs (low, width), and counts int64 with 1 + width for each");
-    }
-    run([&] { return ep_merge_window_counts(a, b, windows.data(), int(windows.size() / 2), static_cast<int64_t *>(c->data)); });
+    Arg a(x), b(base);
+    int64_t size = windows.size() % 2 == 0 ? 0 : -1;
+    for (size_t i = 1; i < windows.size() && size >= 0; i += 2) size = windows[i] < 0 ? -1 : size + 1 + windows[i];
+    auto *c = numbers<int64_t>(counts, size, kDLInt,
+                               "merge_window_counts: windows are pairs (low, width), and counts int64 with 1 + width for each");
+    const Workspace workspace = merge_workspace(a, 1, size);
+    run([&] { return ep_merge_window_counts(a, b, windows.data(), int(windows.size() / 2), c, workspace.data(), stream); });
   });
-  m.def("merge_masked_sums", [](O x, O base, const py::list &select, int64_t start, int64_t block) {
+  m.def("merge_masked_sums", [](O x, O base, const py::list &select, int64_t start, int64_t block, O total) {
     Arg a(x), b(base);
     Selects s(select);
-    double total[2] = {};
-    run([&] { return ep_merge_masked_sums(a, b, s.selects.data(), start, block, total); });
-    return py::make_tuple(total[0], total[1], s.seen());
+    double *sums = numbers<double>(total, 2, kDLFloat, "merge_masked_sums: total must be float64 [2]");
+    const Workspace workspace = merge_workspace(a, 1, 2 * parts_of(a, block));
+    run([&] { return ep_merge_masked_sums(a, b, s.selects.data(), start, block, sums, workspace.data(), stream); });
+    return s.seen();
   });
-  m.def("merge_rank_mask", [](O x, O base, int64_t columns, double density, double epsilon, uint64_t key, int64_t start, O mask) {
+  m.def("merge_rank_mask", [](O x, O base, int64_t columns, double density, double epsilon, uint64_t key, int64_t start, O mask,
+                              O total) {
     Arg a(x), b(base), c(mask);
-    const int64_t bytes = columns > 0 && columns < (int64_t(1) << 30) ? ep_merge_rank_mask_workspace_bytes(columns) : 0;
+    double *sums = total.is_none() ? nullptr : numbers<double>(total, 2, kDLFloat, "merge_rank_mask: total must be float64 [2]");
+    const bool sane = columns > 0 && columns < (int64_t(1) << 30);
+    const Workspace workspace = on_gpu(a) ? merge_workspace(a, 1, 2 * parts_of(a, columns))
+                                          : Workspace(sane ? ep_merge_rank_mask_workspace_bytes(columns) : 0, a);
     const ep_merge_rank_params p{columns, start, density, epsilon, key};
-    double total[2] = {};
-    const Workspace workspace(bytes, a);
-    run([&] { return ep_merge_rank_mask(a, b, p, c, total, workspace.data()); });
-    return py::make_tuple(total[0], total[1]);
+    run([&] { return ep_merge_rank_mask(a, b, p, c, sums, workspace.data(), stream); });
   });
   m.def("merge_task_sum", [](O base, const py::list &x, const py::list &selects, bool elect, bool normalize, int zero_sign,
                              double scale, int64_t start, O out) {
@@ -312,18 +335,21 @@ PYBIND11_MODULE(_core, m) {
     if (s.selects.size() != c.tensors.size()) throw py::value_error("merge_task_sum: one selection a tensor is needed");
     int64_t signs = 0;
     const ep_merge_task_params p{elect, normalize, zero_sign, float(scale), start};
-    run([&] { return ep_merge_task_sum(a, c.tensors.data(), s.selects.data(), int(c.tensors.size()), p, b, &signs); });
+    const int count = int(c.tensors.size());
+    const Workspace workspace = merge_workspace(c, count, 0);
+    run([&] { return ep_merge_task_sum(a, c.tensors.data(), s.selects.data(), count, p, b, &signs, workspace.data(), stream); });
     return py::make_tuple(signs, s.seen());
   });
   m.def("merge_nonfinite", [](O x) {
     Arg a(x);
     int64_t count = 0;
-    run([&] { return ep_merge_nonfinite(a, &count); });
+    const Workspace workspace = merge_workspace(a, 1, 0);
+    run([&] { return ep_merge_nonfinite(a, &count, workspace.data(), stream); });
     return count;
   });
   m.def("merge_random", [](uint64_t key, int64_t start, O out) {
     Arg a(out);
-    run([&] { return ep_merge_random(key, start, a); });
+    run([&] { return ep_merge_random(key, start, a, stream); });
   });
 
   m.def("rope", [](O x, O cos, O sin, O y, int64_t heads, bool inverse) {

@@ -25,6 +25,8 @@ BUDGETS = {
     "linear_logprob_backward": {"product": 240, "*": 64},
     "linear_logprob_forward": {"product": 240, "*": 64},
     "matmul": {"product": 240, "few_rows": 128, "*": 64},
+    "merge": {"inner_products": 96, "*": 64},
+    "merge_select": {"task_sum": 96, "*": 64},
     "nf4": {"*": 64},
     "nf4_matmul": {"*": 64, "few_rows": 255},
     "norm": {"forward_held": 64, "backward_held": 128, "*": 64},

@@ -1,52 +1,6 @@
 // Merging: sums of a run of elements and their products, counts of magnitudes, random draws. Task vectors: merge_select.cpp.
 #include "merge_tile.h"
 
-namespace ep {
-constexpr int64_t SUM_BLOCK = 65536;
-struct MergeWeightedSum {
-  Piece x[EP_MERGE_MAX_INPUTS];
-  float weight[EP_MERGE_MAX_INPUTS];
-  int count;
-  char *out;
-  bool out_bf16;
-  int64_t size;
-};
-struct MergeGram {
-  Piece x[EP_MERGE_MAX_INPUTS], base;
-  int count;
-  int64_t size;
-  double *total;
-};
-struct MergeCounts {
-  Piece x, base;
-  int64_t size, every;
-  int64_t *counts;
-};
-struct MergeWindowCounts {
-  Piece x, base;
-  int64_t size;
-  const int64_t *windows;
-  int count;
-  int64_t *counts;
-};
-struct MergeNonfinite {
-  Piece x;
-  int64_t size, *count;
-};
-struct MergeRandom {
-  uint64_t key;
-  int64_t start, size;
-  int32_t *out;
-};
-}  // namespace ep
-
-EP_KERNEL(merge_weighted_sum, MergeWeightedSum)
-EP_KERNEL(merge_gram, MergeGram)
-EP_KERNEL(merge_counts, MergeCounts)
-EP_KERNEL(merge_window_counts, MergeWindowCounts)
-EP_KERNEL(merge_nonfinite, MergeNonfinite)
-EP_KERNEL(merge_random, MergeRandom)
-
 #ifndef EP_API
 
 namespace ep {
@@ -63,7 +17,7 @@ void merge_weighted_sum(const MergeWeightedSum &a) {
       load_tile(a.x[i], at, n, x);
       for (int j = 0; j < TILE; j++) total[j] += x[j] * w;
     }
-    store_tile(a.out, a.out_bf16, at, n, total);
+    store_tile(a.out, a.out_dtype, at, n, total);
   }
 }
 
@@ -147,7 +101,7 @@ void merge_nonfinite(const MergeNonfinite &a) {
   for (int64_t from = 0; from < a.size; from += 4096) {
     const int64_t count = a.size - from < 4096 ? a.size - from : 4096;
     int32_t found = 0;
-    if (a.x.bf16) {
+    if (a.x.dtype == BF16) {
       const uint16_t *x = reinterpret_cast<const uint16_t *>(a.x.data) + from;
       for (int64_t j = 0; j < count; j++) found += (x[j] & 0x7f80) == 0x7f80;
     } else {
@@ -173,55 +127,69 @@ void merge_random(const MergeRandom &a) {
 
 using namespace ep;
 
-extern "C" int ep_merge_weighted_sum(const DLTensor *const *x, const double *weights, int count, const DLTensor *out) {
+extern "C" int64_t ep_merge_workspace_bytes(int64_t size, int count, int64_t numbers) {
+  const int64_t sums = (size + SUM_BLOCK - 1) / SUM_BLOCK * count * count, spans = (size + 8191) / 8192 * count;
+  return 8 * (numbers + sums + spans) + 256 * (int64_t(count) + 1);
+}
+
+extern "C" int ep_merge_weighted_sum(const DLTensor *const *x, const double *weights, int count, const DLTensor *out,
+                                     void *stream) {
   const char *fn = "merge_weighted_sum";
   MergeWeightedSum a{};
-  a.size = pieces(a.x, x, count, fn);
+  Tensor at;
+  a.size = pieces(a.x, x, count, fn, at);
   if (a.size < 0) return EP_INVALID_ARGUMENT;
   Piece o;
-  if (!piece(o, out, fn, "out", a.size)) return EP_INVALID_ARGUMENT;
+  if (!piece(o, out, fn, "out", a.size, at)) return EP_INVALID_ARGUMENT;
   EP_REQUIRE(weights != nullptr, "%s: weights is missing", fn);
   a.count = count;
   a.out = const_cast<char *>(o.data);
-  a.out_bf16 = o.bf16;
+  a.out_dtype = o.dtype;
   for (int i = 0; i < count; i++) a.weight[i] = float(weights[i]);
-  EP_RUN(merge_weighted_sum, a);
-  return EP_OK;
+  EP_DISPATCH(merge_weighted_sum, a, stream, fn, &at);
 }
 
-extern "C" int ep_merge_gram(const DLTensor *const *x, int count, const DLTensor *base, double *total) {
+extern "C" int ep_merge_gram(const DLTensor *const *x, int count, const DLTensor *base, double *total, void *workspace,
+                             void *stream) {
   const char *fn = "merge_gram";
   MergeGram a{};
-  a.size = pieces(a.x, x, count, fn);
+  Tensor at;
+  a.size = pieces(a.x, x, count, fn, at);
   if (a.size < 0) return EP_INVALID_ARGUMENT;
-  if (base != nullptr && !piece(a.base, base, fn, "base", a.size)) return EP_INVALID_ARGUMENT;
+  if (base != nullptr && !piece(a.base, base, fn, "base", a.size, at)) return EP_INVALID_ARGUMENT;
   EP_REQUIRE(total != nullptr, "%s: total is missing", fn);
   a.count = count;
+  if (!workspace_of(workspace, at, fn)) return EP_INVALID_ARGUMENT;
+  a.workspace = workspace;
   a.total = total;
-  EP_RUN(merge_gram, a);
-  return EP_OK;
+  EP_DISPATCH(merge_gram, a, stream, fn, &at);
 }
 
-extern "C" int ep_merge_magnitude_counts(const DLTensor *x, const DLTensor *base, int64_t every, int64_t *counts) {
+extern "C" int ep_merge_magnitude_counts(const DLTensor *x, const DLTensor *base, int64_t every, int64_t *counts, void *workspace,
+                                         void *stream) {
   const char *fn = "merge_magnitude_counts";
   MergeCounts a{};
-  a.size = pieces(&a.x, &x, 1, fn);
+  Tensor at;
+  a.size = pieces(&a.x, &x, 1, fn, at);
   if (a.size < 0) return EP_INVALID_ARGUMENT;
-  if (base != nullptr && !piece(a.base, base, fn, "base", a.size)) return EP_INVALID_ARGUMENT;
+  if (base != nullptr && !piece(a.base, base, fn, "base", a.size, at)) return EP_INVALID_ARGUMENT;
   EP_REQUIRE(every >= 1 && every <= 65536, "%s: every is %lld; 1 to 65536 are taken", fn, (long long)every);
   EP_REQUIRE(counts != nullptr, "%s: counts is missing", fn);
   a.every = every;
+  if (!workspace_of(workspace, at, fn)) return EP_INVALID_ARGUMENT;
+  a.workspace = workspace;
   a.counts = counts;
-  EP_RUN(merge_counts, a);
-  return EP_OK;
+  EP_DISPATCH(merge_counts, a, stream, fn, &at);
 }
 
-extern "C" int ep_merge_window_counts(const DLTensor *x, const DLTensor *base, const int64_t *windows, int count, int64_t *counts) {
+extern "C" int ep_merge_window_counts(const DLTensor *x, const DLTensor *base, const int64_t *windows, int count, int64_t *counts,
+                                      void *workspace, void *stream) {
   const char *fn = "merge_window_counts";
   MergeWindowCounts a{};
-  a.size = pieces(&a.x, &x, 1, fn);
+  Tensor at;
+  a.size = pieces(&a.x, &x, 1, fn, at);
   if (a.size < 0) return EP_INVALID_ARGUMENT;
-  if (base != nullptr && !piece(a.base, base, fn, "base", a.size)) return EP_INVALID_ARGUMENT;
+  if (base != nullptr && !piece(a.base, base, fn, "base", a.size, at)) return EP_INVALID_ARGUMENT;
   EP_REQUIRE(count >= 1 && count <= EP_MERGE_MAX_WINDOWS, "%s: %d windows; 1 to %d are taken", fn, count,
              int(EP_MERGE_MAX_WINDOWS));
   EP_REQUIRE(windows != nullptr && counts != nullptr, "%s: %s is missing", fn, windows == nullptr ? "windows" : "counts");
@@ -232,29 +200,31 @@ extern "C" int ep_merge_window_counts(const DLTensor *x, const DLTensor *base, c
   }
   a.windows = windows;
   a.count = count;
+  if (!workspace_of(workspace, at, fn)) return EP_INVALID_ARGUMENT;
+  a.workspace = workspace;
   a.counts = counts;
-  EP_RUN(merge_window_counts, a);
-  return EP_OK;
+  EP_DISPATCH(merge_window_counts, a, stream, fn, &at);
 }
 
-extern "C" int ep_merge_nonfinite(const DLTensor *x, int64_t *count) {
+extern "C" int ep_merge_nonfinite(const DLTensor *x, int64_t *count, void *workspace, void *stream) {
   const char *fn = "merge_nonfinite";
   MergeNonfinite a{};
-  a.size = pieces(&a.x, &x, 1, fn);
+  Tensor at;
+  a.size = pieces(&a.x, &x, 1, fn, at);
   if (a.size < 0) return EP_INVALID_ARGUMENT;
   EP_REQUIRE(count != nullptr, "%s: count is missing", fn);
+  if (!workspace_of(workspace, at, fn)) return EP_INVALID_ARGUMENT;
+  a.workspace = workspace;
   a.count = count;
-  EP_RUN(merge_nonfinite, a);
-  return EP_OK;
+  EP_DISPATCH(merge_nonfinite, a, stream, fn, &at);
 }
 
-extern "C" int ep_merge_random(uint64_t key, int64_t start, const DLTensor *out) {
+extern "C" int ep_merge_random(uint64_t key, int64_t start, const DLTensor *out, void *stream) {
   const char *fn = "merge_random";
-  EP_VIEW(ov, out, 1, I32);
+  EP_VIEW(ov, out, 1, I32 | GPU);
   if (!start_of(start, fn)) return EP_INVALID_ARGUMENT;
   MergeRandom a{key, start, ov.size, reinterpret_cast<int32_t *>(ov.data)};
-  EP_RUN(merge_random, a);
-  return EP_OK;
+  EP_DISPATCH(merge_random, a, stream, fn, &ov);
 }
 
 #endif

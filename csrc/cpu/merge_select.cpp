@@ -2,41 +2,6 @@
 // do.
 #include "merge_tile.h"
 
-namespace ep {
-constexpr int RANK_SLOTS = 1024;
-struct MergeMaskedSums {
-  Piece x, base;
-  int64_t size, start, block;
-  ep_merge_select *select;
-  const int32_t *mask;
-  double *total;
-};
-struct MergeRankMask {
-  Piece x, base;
-  int64_t size, start, columns;
-  float least, step;  // keep where the upper 24 bits of the draw are below least + step * (twice the rank)
-  uint64_t key;
-  int32_t *mask, *workspace;
-  double *total;
-};
-struct MergeTaskSum {
-  Piece x[EP_MERGE_MAX_INPUTS], base;
-  const int32_t *mask[EP_MERGE_MAX_INPUTS];
-  ep_merge_select *select;
-  int count;
-  ep_merge_task_params p;
-  char *out;
-  bool out_bf16;
-  int64_t size;
-  float divisor;  // without election
-  int64_t *signs;
-};
-}  // namespace ep
-
-EP_KERNEL(merge_masked_sums, MergeMaskedSums)
-EP_KERNEL(merge_rank_mask, MergeRankMask)
-EP_KERNEL(merge_task_sum, MergeTaskSum)
-
 #ifndef EP_API
 
 namespace ep {
@@ -254,7 +219,7 @@ void merge_task_sum(const MergeTaskSum &a) {
       for (int j = 0; j < TILE; j++) mixed[j] /= a.divisor;
     }
     for (int j = 0; j < TILE; j++) mixed[j] = b[j] + mixed[j] * a.p.scale;
-    store_tile(a.out, a.out_bf16, at, n, mixed);
+    store_tile(a.out, a.out_dtype, at, n, mixed);
   }
   *a.signs = signs;
 }
@@ -269,7 +234,7 @@ void merge_task_sum(const MergeTaskSum &a) {
 using namespace ep;
 
 // The mask of a select that has one.
-static bool mask_of(const int32_t *&out, const ep_merge_select &s, int64_t size, const char *fn) {
+static bool mask_of(const int32_t *&out, const ep_merge_select &s, int64_t size, const char *fn, const Tensor &at) {
   out = nullptr;
   if (s.kind < EP_SELECT_ALL || s.kind > EP_SELECT_BITS) {
     fail(EP_INVALID_ARGUMENT, "%s: there is no selection of kind %d", fn, s.kind);
@@ -283,7 +248,7 @@ static bool mask_of(const int32_t *&out, const ep_merge_select &s, int64_t size,
   }
   if (s.kind != EP_SELECT_BITS) return true;
   Tensor v;
-  if (!view(v, s.mask, fn, "mask", 1, I32)) return false;
+  if (!view(v, s.mask, fn, "mask", 1, I32 | GPU) || check_one_device(fn, {&at, &v})) return false;
   if (v.size != (size + 31) / 32) {
     fail(EP_INVALID_ARGUMENT, "%s: mask has %lld words for %lld elements", fn, (long long)v.size, (long long)size);
     return false;
@@ -293,32 +258,37 @@ static bool mask_of(const int32_t *&out, const ep_merge_select &s, int64_t size,
 }
 
 extern "C" int ep_merge_masked_sums(const DLTensor *x, const DLTensor *base, ep_merge_select *select, int64_t start, int64_t block,
-                                    double *total) {
+                                    double *total, void *workspace, void *stream) {
   const char *fn = "merge_masked_sums";
   MergeMaskedSums a{};
   EP_REQUIRE(select != nullptr && total != nullptr, "%s: %s is missing", fn, select == nullptr ? "select" : "total");
-  a.size = pieces(&a.x, &x, 1, fn);
-  if (a.size < 0 || !piece(a.base, base, fn, "base", a.size) || !mask_of(a.mask, *select, a.size, fn) || !start_of(start, fn)) {
+  Tensor at;
+  a.size = pieces(&a.x, &x, 1, fn, at);
+  if (a.size < 0 || !piece(a.base, base, fn, "base", a.size, at) || !mask_of(a.mask, *select, a.size, fn, at) ||
+      !start_of(start, fn)) {
     return EP_INVALID_ARGUMENT;
   }
   EP_REQUIRE(block >= 1, "%s: block is %lld; at least one element is wanted", fn, (long long)block);
+  if (!workspace_of(workspace, at, fn)) return EP_INVALID_ARGUMENT;
+  a.workspace = workspace;
   a.start = start;
   a.block = block;
   a.select = select;
   a.total = total;
-  EP_RUN(merge_masked_sums, a);
-  return EP_OK;
+  EP_DISPATCH(merge_masked_sums, a, stream, fn, &at);
 }
 
 extern "C" int64_t ep_merge_rank_mask_workspace_bytes(int64_t columns) { return 4 * (3 * RANK_SLOTS + 2 * (columns + TILE)); }
 
 extern "C" int ep_merge_rank_mask(const DLTensor *x, const DLTensor *base, ep_merge_rank_params params, const DLTensor *mask,
-                                  double *total, void *workspace) {
+                                  double *total, void *workspace, void *stream) {
   const char *fn = "merge_rank_mask";
   MergeRankMask a{};
-  a.size = pieces(&a.x, &x, 1, fn);
-  if (a.size < 0 || !piece(a.base, base, fn, "base", a.size)) return EP_INVALID_ARGUMENT;
-  EP_VIEW(mv, mask, 1, I32);
+  Tensor at;
+  a.size = pieces(&a.x, &x, 1, fn, at);
+  if (a.size < 0 || !piece(a.base, base, fn, "base", a.size, at)) return EP_INVALID_ARGUMENT;
+  EP_VIEW(mv, mask, 1, I32 | GPU);
+  if (int status = check_one_device(fn, {&at, &mv})) return status;
   const int64_t columns = params.columns;
   EP_REQUIRE(columns >= 1 && columns < (int64_t(1) << 30) && a.size % columns == 0, "%s: %lld elements are no rows of %lld", fn,
              (long long)a.size, (long long)columns);
@@ -336,34 +306,37 @@ extern "C" int ep_merge_rank_mask(const DLTensor *x, const DLTensor *base, ep_me
   a.start = params.start;
   a.mask = reinterpret_cast<int32_t *>(mv.data);
   a.total = total;
+  if (!workspace_of(workspace, at, fn)) return EP_INVALID_ARGUMENT;
   a.workspace = static_cast<int32_t *>(workspace);
-  EP_RUN(merge_rank_mask, a);
-  return EP_OK;
+  EP_DISPATCH(merge_rank_mask, a, stream, fn, &at);
 }
 
 extern "C" int ep_merge_task_sum(const DLTensor *base, const DLTensor *const *x, ep_merge_select *selects, int count,
-                                 ep_merge_task_params params, const DLTensor *out, int64_t *signs) {
+                                 ep_merge_task_params params, const DLTensor *out, int64_t *signs, void *workspace, void *stream) {
   const char *fn = "merge_task_sum";
   MergeTaskSum a{};
-  a.size = pieces(a.x, x, count, fn);
+  Tensor at;
+  a.size = pieces(a.x, x, count, fn, at);
   Piece o;
-  if (a.size < 0 || !piece(a.base, base, fn, "base", a.size) || !piece(o, out, fn, "out", a.size)) return EP_INVALID_ARGUMENT;
+  if (a.size < 0 || !piece(a.base, base, fn, "base", a.size, at) || !piece(o, out, fn, "out", a.size, at))
+    return EP_INVALID_ARGUMENT;
   EP_REQUIRE(selects != nullptr && signs != nullptr, "%s: %s is missing", fn, selects == nullptr ? "selects" : "signs");
   if (!start_of(params.start, fn)) return EP_INVALID_ARGUMENT;
+  if (!workspace_of(workspace, at, fn)) return EP_INVALID_ARGUMENT;
+  a.workspace = workspace;
   double weights = 0;
   for (int i = 0; i < count; i++) {
-    if (!mask_of(a.mask[i], selects[i], a.size, fn)) return EP_INVALID_ARGUMENT;
+    if (!mask_of(a.mask[i], selects[i], a.size, fn, at)) return EP_INVALID_ARGUMENT;
     weights += double(selects[i].weight);
   }
   a.select = selects;
   a.count = count;
   a.p = params;
   a.out = const_cast<char *>(o.data);
-  a.out_bf16 = o.bf16;
+  a.out_dtype = o.dtype;
   a.divisor = std::fabs(weights) < 1e-8 ? 1.f : float(weights);
   a.signs = signs;
-  EP_RUN(merge_task_sum, a);
-  return EP_OK;
+  EP_DISPATCH(merge_task_sum, a, stream, fn, &at);
 }
 
 #endif

@@ -5,19 +5,10 @@
 
 #include <cstring>
 
-#include "enginepost/merge.h"
-#include "isa.h"
+#include "merge.h"
 #include "parallel.h"
 #include "simd.h"
 #include "tensor.h"
-
-namespace ep {
-constexpr int TILE = 256;
-struct Piece {
-  const char *data;
-  bool bf16;
-};
-}  // namespace ep
 
 #ifndef EP_API
 
@@ -26,7 +17,7 @@ namespace EP_ISA {
 
 // Elements [at, at + n) as floats; the rest of the tile becomes 0.
 static inline void load_tile(const Piece &p, int64_t at, int n, float *out) {
-  if (p.bf16) {
+  if (p.dtype == BF16) {
     const bf16 *x = reinterpret_cast<const bf16 *>(p.data) + at;
     each(n, [&](int64_t j, int m) { put(out + j, get(x + j, m), m); });
   } else {
@@ -36,8 +27,8 @@ static inline void load_tile(const Piece &p, int64_t at, int n, float *out) {
   for (int j = n; j < TILE; j++) out[j] = 0.f;
 }
 
-static inline void store_tile(char *out, bool to_bf16, int64_t at, int n, const float *x) {
-  if (to_bf16) {
+static inline void store_tile(char *out, unsigned dtype, int64_t at, int n, const float *x) {
+  if (dtype == BF16) {
     bf16 *y = reinterpret_cast<bf16 *>(out) + at;
     each(n, [&](int64_t j, int m) { put(y + j, get(x + j, m), m); });
   } else {
@@ -122,18 +113,21 @@ static inline double sum_tile(const float *x) {
 #else
 
 namespace ep {
-static inline bool piece(Piece &out, const DLTensor *t, const char *fn, const char *name, int64_t size) {
+// `at` is the first tensor of the call, on whose device the others must be; empty before.
+static inline bool piece(Piece &out, const DLTensor *t, const char *fn, const char *name, int64_t size, Tensor &at) {
   Tensor v;
-  if (!view(v, t, fn, name, 1, FLOATS)) return false;
+  if (!view(v, t, fn, name, 1, FLOATS | GPU)) return false;
   if (size >= 0 && v.size != size) {
     fail(EP_INVALID_ARGUMENT, "%s: %s has %lld elements, expected %lld", fn, name, (long long)v.size, (long long)size);
     return false;
   }
-  out = {v.data, v.dtype == BF16};
+  if (!at) at = v;
+  if (check_one_device(fn, {&at, &v})) return false;
+  out = {v.data, v.dtype};
   return true;
 }
 // Several inputs of one length; returns it, or -1 after an error.
-static inline int64_t pieces(Piece *out, const DLTensor *const *x, int count, const char *fn) {
+static inline int64_t pieces(Piece *out, const DLTensor *const *x, int count, const char *fn, Tensor &at) {
   if (count < 1 || count > EP_MERGE_MAX_INPUTS) {
     fail(EP_INVALID_ARGUMENT, "%s: %d inputs; 1 to %d are taken", fn, count, int(EP_MERGE_MAX_INPUTS));
     return -1;
@@ -141,10 +135,16 @@ static inline int64_t pieces(Piece *out, const DLTensor *const *x, int count, co
   if (x == nullptr) return fail(EP_INVALID_ARGUMENT, "%s: x is missing", fn), -1;
   int64_t size = -1;
   for (int i = 0; i < count; i++) {
-    if (!piece(out[i], x[i], fn, "x", size)) return -1;
+    if (!piece(out[i], x[i], fn, "x", size, at)) return -1;
     size = x[i]->shape[0];
   }
   return size;
+}
+// On a GPU a workspace is wanted.
+static inline bool workspace_of(const void *workspace, const Tensor &at, const char *fn) {
+  if (!on_gpu(at.device) || (workspace != nullptr && reinterpret_cast<uintptr_t>(workspace) % 8 == 0)) return true;
+  fail(EP_INVALID_ARGUMENT, "%s: workspace is %s", fn, workspace == nullptr ? "missing" : "not aligned to 8 bytes");
+  return false;
 }
 // The index of the first element of a piece, which is counted on from.
 static inline bool start_of(int64_t start, const char *fn) {

@@ -2,7 +2,8 @@
 
 A tensor is merged chunk by chunk, so every function here takes 1-D pieces of the inputs and the element offset `start` of the piece.
 Pieces begin at multiples of BLOCK (or at a row), and reductions are float64 sums over blocks in order: results do not depend on how
-a tensor was cut. Functions run on the calling thread alone; the caller has its own threads, one tensor each.
+a tensor was cut. On the CPU functions run on the calling thread alone; the caller has its own threads, one tensor each. Tensors on a
+GPU go to its kernels, which give the same bits; totals and counts are numpy arrays of the CPU there too.
 
     weighted_sum    out = sum_i w_i x_i
     gram            G[i, j] += sum (x_i - b)(x_j - b)
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from enginepost.kernels.backend import core, native, to_dlpack
+from enginepost.kernels.backend import GPU_FLOATS, core, emulating, native, to_dlpack
 
 BLOCK = 1 << 16  # elements; the grain of reductions and of the random generator
 TOP_BITS = 16  # of the 31 bits of a magnitude, by which all are counted; the lower 15 only in a window
@@ -119,13 +120,7 @@ def gram(tensors: Sequence[Tensor], base: Tensor | None, total: np.ndarray) -> N
 
     Call it with chunks that begin at multiples of BLOCK: the sums are over blocks, in order."""
     if _taken(*tensors, base):
-        k = len(tensors)
-        for at in range(0, tensors[0].numel(), BLOCK):  # one call a block, so that chunks of any size add up alike
-            piece = slice(at, at + BLOCK)
-            part = core().merge_gram(
-                _capsules([x[piece] for x in tensors]), _capsule(None if base is None else base[piece])
-            )
-            total += np.array(part).reshape(k, k)
+        core().merge_gram(_capsules(tensors), _capsule(base), _numbers(total))
         return
     for at in range(0, tensors[0].numel(), BLOCK):
         d = [_delta(x[at : at + BLOCK], None if base is None else base[at : at + BLOCK]) for x in tensors]
@@ -148,7 +143,7 @@ def magnitude_counts(x: Tensor, base: Tensor | None, counts: np.ndarray, every: 
     """Count magnitudes by the upper 16 of their bits, into the two tables of int64 `counts` `[2, 65536]`, which the caller adds.
     With `every` only one run of 256 elements in so many is looked at."""
     if _taken(x, base):
-        core().merge_magnitude_counts(_capsule(x), _capsule(base), every, to_dlpack(torch.from_numpy(counts)))
+        core().merge_magnitude_counts(_capsule(x), _capsule(base), every, _numbers(counts))
         return
     bits = magnitude_bits(x, base)
     if every > 1:
@@ -161,7 +156,7 @@ def window_counts(x: Tensor, base: Tensor | None, windows: Sequence[tuple[int, i
     after the other, [0] += those below low and [1 + i] += those equal to low + i."""
     if _taken(x, base):
         flat = [int(number) for window in windows for number in window]
-        core().merge_window_counts(_capsule(x), _capsule(base), flat, to_dlpack(torch.from_numpy(counts)))
+        core().merge_window_counts(_capsule(x), _capsule(base), flat, _numbers(counts))
         return
     bits = magnitude_bits(x, base)
     at = 0
@@ -176,15 +171,11 @@ def masked_sums(x: Tensor, base: Tensor, select: Select, start: int, columns: in
     """total += [sum |d|, sum |m d|] in float64, over blocks (rows, for "ranked") in order; advances select.seen."""
     block = columns if select.kind == "ranked" else BLOCK
     if _taken(x, base) and select.kind == "ranked":
-        total += _draw_ranked(x, base, select, start, columns)[1]
+        _draw_ranked(x, base, select, start, columns, total)
         return
     if _taken(x, base):
-        mask = _mask(x, base, select, start, columns)
-        all_, kept, seen = core().merge_masked_sums(
-            _capsule(x), _capsule(base), [_described(select, 1.0, mask)], start, block
-        )
-        total += (all_, kept)
-        select.seen = seen[0]
+        given = [_described(select, 1.0, None)]
+        [select.seen] = core().merge_masked_sums(_capsule(x), _capsule(base), given, start, block, _numbers(total))
         return
     keep = keep_mask(x, base, select, start, columns).numpy()
     for at in range(0, x.numel(), block):
@@ -290,24 +281,36 @@ def task_sum(
 
 def nonfinite(x: Tensor) -> int:
     """How many elements are NaN or infinite."""
-    if native(x):
+    if native(x, gpu=GPU_FLOATS):
         return int(core().merge_nonfinite(to_dlpack(x)))
     return int(x.numel() - torch.isfinite(x).sum())
 
 
 def _taken(*tensors: Tensor | None) -> bool:
-    """Whether the native kernels do it: float32, bfloat16 and (widened first) float16, on the CPU."""
+    """Whether the native kernels do it: all on the GPU, or on the CPU float32, bfloat16 and (widened first) float16."""
+    if native(*tensors, gpu=GPU_FLOATS):
+        return True
     return native(*(None if t is None or t.dtype == torch.float16 else t for t in tensors)) and all(
         t is None or t.device.type == "cpu" for t in tensors
     )
 
 
+def _widened(x: Tensor) -> bool:
+    """Whether the kernels take this tensor as float32: float16 on the CPU."""
+    return x.dtype == torch.float16 and x.device.type == "cpu" and not emulating()
+
+
 def _capsule(x: Tensor | None) -> Any:
-    return None if x is None else to_dlpack(x.float() if x.dtype == torch.float16 else x)
+    return None if x is None else to_dlpack(x.float() if _widened(x) else x)
 
 
 def _capsules(tensors: Sequence[Tensor]) -> list[Any]:
     return [_capsule(x) for x in tensors]
+
+
+def _numbers(array: np.ndarray) -> Any:
+    """An array of the CPU that a kernel adds to."""
+    return to_dlpack(torch.from_numpy(array))
 
 
 class _Result:
@@ -315,7 +318,8 @@ class _Result:
 
     def __init__(self, out: Tensor) -> None:
         self.out = out
-        self.target = out if out.dtype in (torch.float32, torch.bfloat16) else torch.empty(out.shape)
+        whole = out.dtype in GPU_FLOATS and not _widened(out)
+        self.target = out if whole else torch.empty(out.shape, device=out.device)
 
     def __enter__(self) -> Tensor:
         return self.target
@@ -341,20 +345,19 @@ def _mask(x: Tensor, base: Tensor, select: Select, start: int, columns: int) -> 
         return None
     if select.masks is not None and start in select.masks:
         return select.masks[start]
-    return _draw_ranked(x, base, select, start, columns)[0]
+    return _draw_ranked(x, base, select, start, columns, None)
 
 
-def _draw_ranked(
-    x: Tensor, base: Tensor, select: Select, start: int, columns: int
-) -> tuple[Tensor, tuple[float, float]]:
-    """The mask, kept for later passes where `select` has a place for it, and [sum |d|, sum |m d|]."""
-    mask = torch.empty((x.numel() + 31) // 32, dtype=torch.int32)
-    sums = core().merge_rank_mask(
-        _capsule(x), _capsule(base), columns, select.density, select.epsilon, select.key, start, to_dlpack(mask)
-    )
+def _draw_ranked(x: Tensor, base: Tensor, select: Select, start: int, columns: int, total: np.ndarray | None) -> Tensor:
+    """The mask, kept for later passes where `select` has a place for it; total += [sum |d|, sum |m d|]."""
+    mask = torch.empty((x.numel() + 31) // 32, dtype=torch.int32, device=x.device)
+    core().merge_rank_mask(
+        _capsule(x), _capsule(base), columns, select.density, select.epsilon, select.key, start, to_dlpack(mask),
+        None if total is None else _numbers(total),
+    )  # fmt: skip
     if select.masks is not None:
         select.masks[start] = mask
-    return mask, sums
+    return mask
 
 
 def _wide(tensors: Sequence[Tensor]) -> torch.dtype:

@@ -276,25 +276,33 @@ def merge(rng, name):
     t = {f"x{i}": Array(rng, float_dtype(rng), [size]) for i in range(count)}
     base = {"base": Array(rng, float_dtype(rng), [size])}
     out = {"out": Array(rng, float_dtype(rng), [size])}
+
+    def work(numbers):
+        return lambda t: (size, count, numbers)
+
     if name == "weighted_sum":
         return t | out, {"weights": Buffer(ctypes.c_double, count), "count": count}, None
     if name == "gram":
-        return t | base, {"count": count, "total": Buffer(ctypes.c_double, count * count)}, None
+        return t | base, {"count": count, "total": Buffer(ctypes.c_double, count * count)}, work(0)
     if name == "task_sum":
         t |= base | out
         selects = [select_of(rng, size, t, i) for i in range(count)]
         params = {"elect": int(rng.integers(2)), "normalize": 1, "zero_sign": 1, "scale": 0.5, "start": 64}
         signs = Buffer(ctypes.c_int64, 1)
-        return t, {"selects": selects, "count": count, "params": params, "signs": signs}, None
+        return t, {"selects": selects, "count": count, "params": params, "signs": signs}, work(0)
     if name == "random":
         return {"out": Array(rng, "i32", [size], [0])}, {"key": 7, "start": 65500}, None
     one = {"x": t["x0"]}
     if name == "nonfinite":
-        return one, {"count": Buffer(ctypes.c_int64, 1)}, None
+        return one, {"count": Buffer(ctypes.c_int64, 1)}, work(0)
     if name == "magnitude_counts":
-        return one | base, {"every": int(rng.integers(1, 4)), "counts": Buffer(ctypes.c_int64, 2 * 65536)}, None
+        return one | base, {"every": int(rng.integers(1, 4)), "counts": Buffer(ctypes.c_int64, 2 * 65536)}, work(65536)
     if name == "window_counts":  # (1, 2) and (3, 4)
-        return one | base, {"windows": Buffer(ctypes.c_int64, 4), "count": 2, "counts": Buffer(ctypes.c_int64, 8)}, None
+        return (
+            one | base,
+            {"windows": Buffer(ctypes.c_int64, 4), "count": 2, "counts": Buffer(ctypes.c_int64, 8)},
+            work(8),
+        )
     if name == "masked_sums":
         t = one | base
         scalars = {
@@ -303,7 +311,7 @@ def merge(rng, name):
             "block": 128,
             "total": Buffer(ctypes.c_double, 2),
         }
-        return t, scalars, None
+        return t, scalars, work(2 * ((size + 127) // 128))
     columns = int(rng.choice([n for n in range(1, size + 1) if size % n == 0]))
     t = one | base | {"mask": Array(rng, "i32", [(size + 31) // 32], [0])}
     params = {"columns": columns, "start": 0, "density": 0.5, "epsilon": 0.2, "key": 7}
@@ -360,4 +368,8 @@ NO_TENSORS = {
     "ep_use_openmp",
     "ep_dynamic_code",
 }
-WORKSPACE_OF = {"ep_paged_attention": "ep_attention_forward"}  # where the query is named after another function
+# Where the query is named after another function.
+WORKSPACE_OF = {"ep_paged_attention": "ep_attention_forward"} | {
+    f"ep_merge_{name}": "ep_merge"
+    for name in ("gram", "magnitude_counts", "window_counts", "masked_sums", "task_sum", "nonfinite")
+}
