@@ -134,6 +134,7 @@ class Recipe(_Strict):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     # optimizer
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # moments in 32 or in 8 bits
+    optimizer_states: Literal["device", "host"] = "device"  # where moments and master weights live, and are updated
     optimizer_in_backward: bool = False  # update each weight as soon as its gradient is there, and free that
     learning_rate: Annotated[float, Field(gt=0)] | None = None  # default: the method's; 2e-4 for LoRA, 1e-5 for full
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -4,7 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from enginepost.recipe import Path, Recipe
+from enginepost.recipe import Count, Path, Recipe
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -137,6 +137,7 @@ class DistillRecipe(Recipe):
     method: str = "distill"
     teacher: Path  # a model directory with the student's vocabulary
     teacher_adapter: Path | None = None
+    teacher_top_k: Count | None = None  # its k most likely tokens, once, into a cache on disk; default: all, live
     divergence: Literal["forward", "reverse", "js"] = "forward"
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5  # the teacher's weight in the mixture of js
     temperature: Positive = 1.0

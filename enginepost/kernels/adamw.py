@@ -50,16 +50,20 @@ class Moment8:
 Moment = Tensor | Moment8
 
 
-def zero_moments(param: Tensor, bits: int = 32) -> tuple[Moment, Moment]:
-    """(exp_avg, exp_avg_sq) for a parameter at its first step; with bits=8 those of 4096 elements and more are `Moment8`."""
+def zero_moments(param: Tensor, bits: int = 32, *, host: bool = False) -> tuple[Moment, Moment]:
+    """(exp_avg, exp_avg_sq) for a parameter at its first step; with bits=8 those of 4096 elements and more are `Moment8`. host: in
+    host memory, wherever the parameter is."""
     if bits not in (8, 32):
         raise ValueError(f"moments have 8 or 32 bits, got {bits}")
+
+    def zeros(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device="cpu" if host else param.device)
+
     if bits == 32 or param.numel() < SMALLEST8:
-        zero = torch.zeros(param.shape, dtype=torch.float32, device=param.device)
-        return zero, zero.clone()
-    codes = torch.zeros(param.shape, dtype=torch.uint8, device=param.device)
-    scale = torch.zeros(-(-param.numel() // BLOCK8), dtype=torch.float32, device=param.device)
-    return Moment8(codes, scale, True), Moment8(codes.clone(), scale.clone(), False)
+        return zeros(param.shape), zeros(param.shape)
+    blocks = (-(-param.numel() // BLOCK8),)
+    first, second = (Moment8(zeros(param.shape, torch.uint8), zeros(blocks), signed) for signed in (True, False))
+    return first, second
 
 
 def reference_step(

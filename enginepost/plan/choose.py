@@ -114,6 +114,8 @@ def _options(
         return [({key: kind}, {key: kind}, False) for kind in ("nf4", "nf4-double")]
     if key == "optimizer" and s.moment_bits == 32:
         return [({key: "adamw8bit"}, {"moment_bits": 8}, False)]
+    if key == "optimizer_states" and s.states == "device" and machine.device == "cuda":
+        return [({key: "host"}, {"states": "host"}, False)]  # the CPU's arithmetic in place of the GPU's
     if key == "batch_size" and batch_size > 1:
         # As many tokens an optimizer step, in smaller micro-batches: the same sum in another order.
         sizes = [n for n in (batch_size // 2, batch_size // 4, 1) if n >= 1 and batch_size % n == 0]

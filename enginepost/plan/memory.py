@@ -53,6 +53,7 @@ class Setup:
     weights: str = "resident"
     slots: int = 2
     moment_bits: int = 32
+    states: str = "device"  # where moments and masters live
     in_backward: bool = False
     device: str = "cpu"
     threads: int = 1
@@ -117,9 +118,10 @@ def _standing(tape: Tape, s: Setup) -> None:
     tape.take(resident, "weights")
     tape.take(slots, "slots")
     trained = trained_sizes(s)
-    tape.take(0 if s.full else 4 * _total(trained), "adapters")
-    tape.take(_moment_bytes(trained, s.moment_bits), "optimizer")
-    tape.take(4 * _total(trained) if s.full and s.itemsize != 4 else 0, "masters")
+    tape.take(0 if s.full else 4 * total(trained), "adapters")
+    if s.device == "cpu" or s.states == "device":
+        for item, nbytes in _state_bytes(s).items():
+            tape.take(nbytes, item)
     spec, tokens = s.spec, s.tokens
     tape.take(3 * 8 * tokens, "batch")
     for rope in spec.ropes:
@@ -186,7 +188,7 @@ def _passed(s: Setup, share: float) -> float:
 
 
 @functools.cache
-def _total(sizes: tuple[int, ...]) -> int:
+def total(sizes: tuple[int, ...]) -> int:
     return sum(sizes)
 
 
@@ -197,8 +199,15 @@ def _moment_bytes(sizes: tuple[int, ...], bits: int) -> int:
     return sum(2 * n + 8 * -(-n // 256) if e else 8 * n for n, e in zip(sizes, eight, strict=True))
 
 
+def _state_bytes(s: Setup) -> dict[str, float]:
+    """Of the optimizer, by item."""
+    trained = trained_sizes(s)
+    masters = 4 * total(trained) if s.full and s.itemsize != 4 else 0
+    return {"optimizer": _moment_bytes(trained, s.moment_bits), "masters": masters}
+
+
 def _gradient_bytes(s: Setup) -> float:
-    return 4.0 * _total(trained_sizes(s))
+    return 4.0 * total(trained_sizes(s))
 
 
 def workspace_bytes(s: Setup) -> float:
@@ -288,6 +297,8 @@ def _host(s: Setup) -> dict[str, float]:
         held["weights"] = float(blob_bytes(s) * len(s.spec.layers))
     if s.weights == "disk":
         held["slots"] = weight_bytes(s)[1]
+    if s.states == "host":
+        held |= {item: nbytes for item, nbytes in _state_bytes(s).items() if nbytes}
     if s.checkpointing == "host":
         held["inputs"] = float(s.tokens * s.spec.hidden_size * s.itemsize * len(s.spec.layers))
     return held

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 COUNTED = ("sft", "pretrain")
-SWITCHES = ("checkpointing", "weights", "batch_size", "quantize", "mlp_chunk", "optimizer", "optimizer_in_backward")
+SWITCHES = ("checkpointing", "weights", "batch_size", "quantize", "mlp_chunk", "optimizer", "optimizer_states",
+            "optimizer_in_backward")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +254,8 @@ def _host_title(item: str) -> str:
         "process": "Python and torch",
         "weights": "pinned weights",
         "slots": "pinned slots",
+        "optimizer": "optimizer moments",
+        "masters": "float32 master weights",
         "inputs": "block inputs",
     }[item]
 

@@ -64,6 +64,7 @@ def setup_of(
         quantize=recipe.quantize or _stored_in_4_bits(config),
         weights=recipe.weights,
         moment_bits=8 if getattr(recipe, "optimizer", "adamw") == "adamw8bit" else 32,
+        states=recipe.optimizer_states,
         in_backward=bool(getattr(recipe, "optimizer_in_backward", False)),
         device=device,
         threads=threads,

@@ -8,15 +8,25 @@
 It says which of two recipes is faster, and is within a factor of two of the time on a machine whose rate is known.
 """
 
+import functools
+
 from enginepost.model.layout import layout
+from enginepost.model.spec import ModelSpec
 from enginepost.plan.machine import Machine
-from enginepost.plan.memory import Setup, blob_bytes, trained_sizes
+from enginepost.plan.memory import Setup, blob_bytes, total, trained_sizes
+
+HOST_BANDWIDTH = 20e9  # bytes a second of an update in host memory
+
+
+@functools.cache
+def _linear_elements(spec: ModelSpec) -> int:
+    return sum(e.size for e in layout(spec) if e.linear)
 
 
 def flops(s: Setup, context: int) -> float:
     """Of one micro-batch of s.tokens tokens in sequences of `context`."""
     spec = s.spec
-    linear = sum(e.size for e in layout(spec) if e.linear)
+    linear = _linear_elements(spec)
     passes = 2 + (1 if s.full else 0) + (1 if s.checkpointing else 0)
     attention = 0.0
     for layer in spec.layers:
@@ -26,7 +36,7 @@ def flops(s: Setup, context: int) -> float:
     mlp = 0.0
     if s.mlp_chunk is not None and s.mlp_chunk < s.tokens and (s.checkpointing is not True or spec.post_norm):
         mlp = 2.0 * 3 * spec.hidden_size * spec.intermediate_size * len(spec.layers)
-    low_rank = 6 * sum(s.adapter_sizes)
+    low_rank = 6 * total(s.adapter_sizes)
     return s.tokens * (2 * linear * passes + attention * (3.5 + (1 if s.checkpointing else 0)) + head + low_rank + mlp)
 
 
@@ -42,5 +52,7 @@ def step_seconds(s: Setup, machine: Machine, context: int) -> float:
         streamed = 2 * blob_bytes(s) * len(s.spec.layers) / link
     if s.checkpointing == "host" and machine.device == "cuda":
         streamed += 2 * s.tokens * s.spec.hidden_size * s.itemsize * len(s.spec.layers) / machine.link
-    update = 28.0 * sum(trained_sizes(s)) / machine.bandwidth
+    update = 28.0 * total(trained_sizes(s)) / machine.bandwidth
+    if s.states == "host" and machine.device == "cuda":  # gradient down, parameter up, the update at a host's rate
+        update = total(trained_sizes(s)) * ((4 + (s.itemsize if s.full else 4)) / machine.link + 28.0 / HOST_BANDWIDTH)
     return s.micro_batches * max(compute, streamed) + update

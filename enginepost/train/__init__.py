@@ -4,6 +4,8 @@ loop.py        one loop for every objective
 objectives/    pure functions of per-token log-probabilities
 optimizer.py   AdamW over named parameters, float32 accumulation and master weights
 schedule.py    learning rate of a step, the steps of a run
+reference.py   the policy that preferences are measured from, and the cache of its log-probabilities
+teacher.py     the cache of a teacher's most likely tokens
 state.py       the run directory: atomic checkpoints, resume
 monitor.py     progress, metrics.jsonl, TensorBoard, spikes
 """

@@ -12,6 +12,8 @@ from enginepost.data.pairs import AnswerBatch
 from enginepost.kernels.linear_logprob import linear_logprob
 from enginepost.model.shared import Copies, SharedPrompts, take
 
+HEAD_ROWS = 4096  # that are widened at once
+
 
 def hidden_states(model: Any, batch: AnswerBatch) -> Tensor:
     """`[T, H]`, prompts shared where the batch shares them."""
@@ -21,14 +23,20 @@ def hidden_states(model: Any, batch: AnswerBatch) -> Tensor:
     return model.hidden(batch.ids, batch.cu_seqlens, batch.positions, shared)
 
 
+def predicting(model: Any, batch: AnswerBatch) -> Tensor:
+    """Hidden states `[N, H]` that predict the trained tokens."""
+    return take(hidden_states(model, batch), Copies(batch.predict))
+
+
 def token_logprobs(
-    model: Any, batch: AnswerBatch, *, entropy: bool = False, squares: bool = False
+    model: Any, batch: AnswerBatch, *, entropy: bool = False, squares: bool = False, rows: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(log-probabilities `[N]`, entropies `[N]`, log of the sum of squared probabilities `[N]` where `squares`).
 
-    log sum_v p_v^2 = lse(2 z) - 2 lse(z); doubled hidden states under a doubled softcap give 2 z.
+    rows: what `predicting` gave, where it is there already. log sum_v p_v^2 = lse(2 z) - 2 lse(z); doubled hidden states under a
+    doubled softcap give 2 z.
     """
-    rows = take(hidden_states(model, batch), Copies(batch.predict))
+    rows = predicting(model, batch) if rows is None else rows
     cap = model.spec.final_softcap
     logprob, lse, spread = linear_logprob(rows, model.head_weight, batch.targets, softcap=cap, entropy=entropy)
     doubled = None
@@ -47,3 +55,16 @@ def by_answer(values: Tensor, batch: AnswerBatch) -> list[Tensor]:
 def answer_sums(values: Tensor, batch: AnswerBatch) -> Tensor:
     """Sums over each answer, float64 `[A]`."""
     return torch.stack([x.sum() for x in by_answer(values, batch)])
+
+
+@torch.no_grad()
+def mean_logits(model: Any, rows: Tensor) -> Tensor | None:
+    """`[N, H]` -> the mean of each row's logits over the vocabulary, float32 `[N]`: one product with the mean row of the head. None
+    where a softcap bends the logits, so that their mean is not that of a linear map."""
+    if model.spec.final_softcap:
+        return None
+    head = model.head_weight
+    total = sum(
+        block.float().sum(0) for block in head.split(HEAD_ROWS)
+    )  # a mean of bfloat16 would copy all of it to float32
+    return rows.detach().float() @ (total / len(head))

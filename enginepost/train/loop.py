@@ -93,6 +93,7 @@ def _steps(recipe: Recipe, run: RunDirectory, method: Method, command: str) -> N
         weight_decay=recipe.weight_decay,
         bits=8 if recipe.optimizer == "adamw8bit" else 32,
         in_backward=recipe.optimizer_in_backward,
+        host=recipe.optimizer_states == "host",
     )
     step = 0
     history: list[dict[str, Any]] = []

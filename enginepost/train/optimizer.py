@@ -8,6 +8,9 @@ With `in_backward` each parameter is moved as soon as its gradient is complete, 
 gradients of about one block exist at a time, and there are no float32 copies of them. A step then has one backward pass and no
 clipping, since the global norm is known only when every parameter has moved. The results are the bits of an ordinary step.
 
+With `host` moments and masters are in host memory, and the update is made there: each gradient is copied to the host, its
+parameter back. On a CPU that is where they are anyway, and nothing is copied. No test has run it on a GPU.
+
 Bytes a parameter, moments in 8 bits from 4096 elements on: float32 weights 4 + 4 (gradient) + 8 or 2 (moments); bfloat16 weights
 2 + 4 (master) + 4 (gradient) + 8 or 2; `in_backward` takes the gradient away.
 """
@@ -29,21 +32,25 @@ class NotFinite(EnginepostError):
 class AdamW:
     """State of the optimizer. `steps` counts the updates made.
 
-    Args: bits: of the moments, 32 or 8 (`enginepost.kernels.adamw.Moment8`); in_backward: see above.
+    Args: bits: of the moments, 32 or 8 (`enginepost.kernels.adamw.Moment8`); in_backward, host: see above.
     """
 
     def __init__(
         self, parameters: Mapping[str, nn.Parameter], *, betas: tuple[float, float], eps: float, weight_decay: float,
-        bits: int = 32, in_backward: bool = False,
+        bits: int = 32, in_backward: bool = False, host: bool = False,
     ) -> None:  # fmt: skip
         self.parameters = dict(parameters)
         self.betas, self.eps, self.weight_decay = betas, eps, weight_decay
-        self.in_backward = in_backward
+        self.in_backward, self.host = in_backward, host
         self.steps = 0
-        moments = {n: zero_moments(p.detach(), bits) for n, p in self.parameters.items()}
+        moments = {n: zero_moments(p.detach(), bits, host=host) for n, p in self.parameters.items()}
         self.exp_avg = {n: m for n, (m, _) in moments.items()}
         self.exp_avg_sq = {n: v for n, (_, v) in moments.items()}
-        self.masters = {n: p.detach().float() for n, p in self.parameters.items() if p.dtype != torch.float32}
+        self.masters = {
+            n: p.detach().to("cpu" if host else p.device, torch.float32)
+            for n, p in self.parameters.items()
+            if p.dtype != torch.float32
+        }
         self._grads: dict[str, Tensor] = {}
         self._lr: float | None = None  # while a step with in_backward is under way
         self._norms: list[float] = []
@@ -51,7 +58,7 @@ class AdamW:
             for name, p in self.parameters.items():
                 p.register_post_accumulate_grad_hook(self._move(name))
             return
-        self._grads = {n: torch.zeros_like(m) for n, m in self.masters.items()}
+        self._grads = {n: torch.zeros_like(self.parameters[n], dtype=torch.float32) for n in self.masters}
         for name in self.masters:
             self.parameters[name].register_post_accumulate_grad_hook(self._accumulate(name))
 
@@ -106,10 +113,16 @@ class AdamW:
         groups: dict[tuple[bool, bool], list[str]] = {}
         for name in gradients:
             groups.setdefault((self.parameters[name].ndim >= 2, name in self.masters), []).append(name)
-        for (matrix, mastered), names in groups.items():
+        # With `host` one tensor after the other, so that copies of one exist at a time; on a CPU these are no copies.
+        portions = (
+            (kind, part) for kind, names in groups.items() for part in ([[n] for n in names] if self.host else [names])
+        )
+        for (matrix, mastered), names in portions:
+            there = [self.parameters[n].detach() for n in names]
+            here = [p.cpu() for p in there] if self.host else there
             adamw_step(
-                [self.parameters[n].detach() for n in names],
-                [gradients[n] for n in names],
+                here,
+                [gradients[n].cpu() if self.host else gradients[n] for n in names],
                 [self.exp_avg[n] for n in names],
                 [self.exp_avg_sq[n] for n in names],
                 lr=lr,
@@ -121,6 +134,9 @@ class AdamW:
                 grad_scale=grad_scale,
                 masters=[self.masters[n] for n in names] if mastered else None,
             )
+            for p, moved in zip(there, here, strict=True):
+                if moved is not p:
+                    p.copy_(moved)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a resumed run needs: `exp_avg.NAME`, `exp_avg_sq.NAME`, `master.NAME`; of moments in 8 bits the codes go by

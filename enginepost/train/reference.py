@@ -12,7 +12,6 @@ of the tokens and labels of the rows (hence of the template) and of the dtype.
 import contextlib
 import dataclasses
 import hashlib
-import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from enginepost.checkpoint import Checkpoint, save_tensors
+from enginepost.checkpoint.cache import cache_directory
 from enginepost.errors import EnginepostError
 from enginepost.kernels.lora import LoraPart, row_norm
 from enginepost.model import load_adapter, load_model
@@ -164,10 +164,11 @@ def _swapped(model: Any, tensors: dict[str, Tensor]) -> Iterator[None]:
             p.data = kept[name]
 
 
-def cache_path(reference: Reference, data: str, dtype: torch.dtype) -> pathlib.Path:
-    """Where log-probabilities of the rows with hash `data` are kept: under $ENGINEPOST_CACHE, default ~/.cache/enginepost."""
+def cache_path(files: list[str], data: str, dtype: torch.dtype, kind: str = "reference") -> pathlib.Path:
+    """Where what the model in the directories `files` says of the rows with hash `data` is kept: under $ENGINEPOST_CACHE, default
+    ~/.cache/enginepost."""
     digest = hashlib.blake2b(f"{data}:{dtype}".encode(), digest_size=16)
-    for directory in reference.files:
+    for directory in files:
         for path in sorted(pathlib.Path(directory).glob("*.safetensors")) + [
             p for n in ("config.json", "adapter_config.json") if (p := pathlib.Path(directory) / n).exists()
         ]:
@@ -175,8 +176,7 @@ def cache_path(reference: Reference, data: str, dtype: torch.dtype) -> pathlib.P
             with open(path, "rb") as f:
                 while block := f.read(1 << 22):
                     digest.update(block)
-    home = os.environ.get("ENGINEPOST_CACHE") or pathlib.Path.home() / ".cache" / "enginepost"
-    return pathlib.Path(home) / "reference" / f"{digest.hexdigest()}.safetensors"
+    return cache_directory() / kind / f"{digest.hexdigest()}.safetensors"
 
 
 def read_cache(path: pathlib.Path, shape: tuple[int, ...]) -> Tensor | None:

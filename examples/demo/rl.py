@@ -24,7 +24,10 @@ import enginepost
 # What each method needs beside the common keys: as many completions and about as many updates for all.
 METHODS: dict[str, dict[str, Any]] = {
     "grpo": {"method": "grpo", "rollout_prompts": 16, "num_generations": 8, "num_mini_batches": 4},
-    "dapo": {"method": "grpo", "loss": "dapo", "rollout_prompts": 12, "num_generations": 8, "num_mini_batches": 4},
+    "dapo": {
+        "method": "grpo", "loss": "dapo", "rollout_prompts": 16, "num_generations": 8, "num_mini_batches": 2,
+        "learning_rate": 5e-4, "max_steps": 120,
+    },
     "rloo": {"method": "rloo", "rollout_prompts": 32, "num_generations": 4, "num_mini_batches": 4, "beta": 0.0},
     "ppo": {
         "method": "ppo", "rollout_prompts": 32, "num_generations": 4, "num_iterations": 2, "num_mini_batches": 2,

@@ -105,6 +105,16 @@ def test_nothing_fits() -> None:
     assert "train an adapter instead" in "\n".join(full.lines())
 
 
+def test_states_on_the_host_leave_the_card() -> None:
+    keys: dict[str, Any] = {"lora": None, "quantize": None, "optimizer": "adamw8bit"}
+    card, host = (planned("80GB", **keys, optimizer_states=where).peak for where in ("device", "host"))
+    weights = 8_030_261_248
+    assert card.items["masters"] == host.host["masters"] == 4 * weights
+    assert card.items["optimizer"] == host.host["optimizer"] > 2 * weights
+    assert card.total - host.total == pytest.approx(card.items["masters"] + card.items["optimizer"])
+    assert planned("80GB", **keys, optimizer_states="host").seconds > planned("80GB", **keys).seconds
+
+
 def test_host_memory_is_a_limit_too() -> None:
     recipe = {**QLORA, "weights": "host", "model": "llama-3.1-70b", "quantize": "nf4-double", "lora": {"r": 8}}
     assert plan(recipe, on="24GB", host="64GB").fits

@@ -15,7 +15,7 @@ from enginepost.errors import EnginepostError
 from enginepost.model import adapter_off, create_model, save_model
 from enginepost.recipe import load_recipe
 from enginepost.train import methods, weights
-from enginepost.train.answers import token_logprobs
+from enginepost.train.answers import hidden_states, token_logprobs
 from enginepost.train.loop import Interrupted, accumulate, train
 from enginepost.train.methods.answers import check_start
 
@@ -304,3 +304,21 @@ def test_names_of_losses_are_those_of_the_objective() -> None:
     from enginepost.train.objectives import preference
 
     assert set(recipe_offline.DPO_LOSSES) == set(preference.DPO_LOSSES)
+
+
+@pytest.mark.parametrize("method", ["dpo", "simpo"])
+def test_mean_logits_are_those_of_the_whole_head(dpo: MakeRecipe, method: str) -> None:
+    """TRL's definition: the mean over the vocabulary at each position that predicts a trained token, then over these positions."""
+    made = methods.create(load_recipe(dpo(method=method)))
+    model = weights.load(made.recipe, torch.float32, None)
+    made.attach(model)
+    work = made.work(made.rows, [[0, 3], [1, 2, 4]])
+    _, metrics = accumulate(model, made, work)
+    sums, counts = torch.zeros(2), torch.zeros(2)
+    for batch in work.micro_batches:
+        z = model.logits(hidden_states(model, batch))[batch.predict].mean(-1).split(batch.lengths)
+        for side in range(2):
+            sums[side] += sum(x.sum() for x in z[side::2])
+            counts[side] += sum(batch.lengths[side::2])
+    found = [metrics["logits/chosen"], metrics["logits/rejected"]]
+    assert found == pytest.approx((sums / counts).tolist(), rel=1e-4, abs=1e-7)

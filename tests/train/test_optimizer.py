@@ -23,6 +23,37 @@ def backward(params: dict[str, nn.Parameter], seed: int) -> None:
     sum((p.float() * torch.randn(p.shape, generator=g)).pow(2).sum() for p in params.values()).backward()  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_states_on_the_host_change_no_bit(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bits: int, in_backward: bool
+) -> None:
+    """A host that is another memory than the device's: what comes to it is a copy."""
+    found = []
+    copies = 0
+
+    def copied(t: torch.Tensor) -> torch.Tensor:
+        nonlocal copies
+        copies += 1
+        return t.clone()
+
+    for host in (False, True):
+        params = {**parameters(dtype), "large": nn.Parameter(torch.linspace(-1, 1, 5000).to(dtype))}
+        with monkeypatch.context() as m:
+            m.setattr(torch.Tensor, "cpu", copied)
+            mine = AdamW(
+                params, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, bits=bits, in_backward=in_backward, host=host
+            )
+            for step in range(4):
+                mine.zero_grad(lr=1e-2)
+                backward(params, step)
+                mine.step(lr=1e-2)
+            assert copies == (2 * 3 * 4 if host else 0)  # a parameter and its gradient, three parameters, four steps
+        found.append({**mine.tensors(), **params})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_matches_torch_and_decays_matrices_only() -> None:
     ours, theirs = parameters(torch.float32), parameters(torch.float32)
     mine = AdamW(ours, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)

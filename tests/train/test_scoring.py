@@ -24,6 +24,7 @@ from enginepost.score import score
 from enginepost.train import methods, weights
 from enginepost.train.answers import answer_sums, token_logprobs
 from enginepost.train.loop import Interrupted, accumulate, train
+from enginepost.train.methods.distill import Distill
 from enginepost.train.objectives.preference import kto_loss
 
 WORDS = "the quick brown fox jumps over a lazy dog what is six times seven forty two one token at time".split()
@@ -287,7 +288,58 @@ def test_mistakes(recipe: MakeRecipe, graded: str, pairs: str, tmp_path: pathlib
         train(recipe(method="dpo", data=pairs, reference=str(tmp_path / "other")))
 
 
-@pytest.mark.parametrize("method", ["kto", "reward", "prm", "distill"])
+def test_distillation_from_a_cache(
+    recipe: MakeRecipe, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole vocabulary in the cache is the live teacher; five tokens are the first of its softmax, and a lower bound."""
+    settings = recipe()
+    config = json.loads(pathlib.Path(settings["model"], "config.json").read_text())
+    teacher = create_model(config, seed=9)
+    save_model(teacher, tmp_path / "teacher", source=settings["model"])
+    keys: dict[str, Any] = {
+        "method": "distill", "teacher": str(tmp_path / "teacher"), "validation": 0.25, "temperature": 1.5, "max_steps": 4,
+    }  # fmt: skip
+    live = metrics(train(recipe(**keys, output=str(tmp_path / "live"))))
+    full = metrics(train(recipe(**keys, output=str(tmp_path / "full"), teacher_top_k=config["vocab_size"])))
+    for name in ("loss", "eval_loss"):
+        expected = [m[name] for m in live if name in m]
+        assert expected and [m[name] for m in full if name in m] == pytest.approx(expected, rel=1e-4)
+
+    few = metrics(train(recipe(**keys, output=str(tmp_path / "few"), teacher_top_k=5)))
+    assert 0 < few[0]["loss"] < live[0]["loss"]
+    assert capsys.readouterr().out.count("written to") == 2
+    with monkeypatch.context() as m:  # the cache is enough
+        m.setattr("enginepost.train.methods.distill.load_model", None)
+        again = metrics(train(recipe(**keys, output=str(tmp_path / "again"), teacher_top_k=5)))
+    assert [m["loss"] for m in again if "loss" in m] == [m["loss"] for m in few if "loss" in m]
+
+    found = methods.create(load_recipe(recipe(**keys, teacher_top_k=5)))
+    assert isinstance(found, Distill)
+    found.attach(weights.load(found.recipe, torch.float32, None))
+    work = found.work([[4, 0, 2]], rows=found.validation)
+    batch, rows = work.micro_batches[0], found.validation
+    assert rows is not None
+    z = (
+        teacher.logits(teacher.hidden(batch.ids, batch.cu_seqlens, batch.positions))[batch.targets != -100].double()
+        / 1.5
+    )
+    values, ids = z.log_softmax(-1).topk(5)
+    kept_ids, kept = found.shown[id(rows.dataset)].of([int(rows.index[i]) for i in (4, 0, 2)])
+    assert torch.equal(kept_ids, ids)
+    torch.testing.assert_close(kept.double(), values, rtol=0, atol=1e-5)
+
+    for change in ({"temperature": 1.0}, {"teacher": settings["model"]}, {"train_on": "all"}):
+        train(
+            recipe(
+                **{**keys, **change, "max_steps": 1}, output=str(tmp_path / f"{len(change)}{change}"), teacher_top_k=5
+            )
+        )
+        assert "written to" in capsys.readouterr().out, change
+    with pytest.raises(EnginepostError, match=r"teacher_top_k: 100000: the vocabulary has"):
+        train(recipe(**keys, output=str(tmp_path / "many"), teacher_top_k=100_000))
+
+
+@pytest.mark.parametrize("method", ["kto", "reward", "prm", "distill", "distill_from_cache"])
 def test_interrupted_and_resumed_has_the_same_bits(
     recipe: MakeRecipe, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
     graded: str, pairs: str, steps: str, method: str,
@@ -297,9 +349,10 @@ def test_interrupted_and_resumed_has_the_same_bits(
         "reward": {"data": pairs},
         "prm": {"data": steps},
         "distill": {"teacher": recipe()["model"], "sft_weight": 0.25},
+        "distill_from_cache": {"teacher": recipe()["model"], "teacher_top_k": 7, "divergence": "js"},
     }
     keys = {
-        "method": method,
+        "method": method.removesuffix("_from_cache"),
         "validation": 0.25,
         "max_steps": 5,
         "lora": {"r": 4, "alpha": 8, "dropout": 0.2},

@@ -19,7 +19,7 @@ from enginepost.errors import EnginepostError
 from enginepost.recipe import Recipe
 from enginepost.recipe_offline import KtoRecipe
 from enginepost.train.answer_rows import AnswerRows
-from enginepost.train.answers import answer_sums, token_logprobs
+from enginepost.train.answers import answer_sums, mean_logits, predicting, token_logprobs
 from enginepost.train.methods.answers import AnswerMethod, check_start
 from enginepost.train.methods.method import Metrics, Work
 from enginepost.train.methods.preference import precomputed
@@ -110,7 +110,9 @@ class Kto(AnswerMethod):
             work.extra["sums"] = torch.zeros(2, 2, dtype=torch.float64)  # (good, bad) x (rewards, number)
         batch, kl = work.micro_batches[index], work.extra["kl"]
         reference = self.reference_logps(model, rows, batch)
-        logprob, entropy, _ = token_logprobs(model, batch, entropy=True)
+        hidden = predicting(model, batch)
+        logprob, entropy, _ = token_logprobs(model, batch, entropy=True, rows=hidden)
+        logits, lengths = mean_logits(model, hidden), torch.tensor(batch.lengths)
         policy = answer_sums(logprob, batch)
         losses, rewards, desirable = self._losses(rows, batch, policy - reference, kl)
         metrics: Metrics = {"kl": (kl, 1), "entropy": (entropy.detach().sum().item(), len(entropy))}
@@ -118,6 +120,9 @@ class Kto(AnswerMethod):
             count = int(mask.sum())
             metrics[f"rewards/{name}"] = (rewards[mask].sum().item(), count)
             metrics[f"logps/{name}"] = (policy.detach()[mask].sum().item(), count)
+            if logits is not None:
+                tokens = int(lengths[mask].sum())
+                metrics[f"logits/{name}"] = (answer_sums(logits, batch)[mask].sum().item(), tokens)
             work.extra["sums"][side] += torch.tensor([rewards[mask].sum().item(), count])
         good, bad = work.extra["sums"]
         if index + 1 == len(work.micro_batches) and good[1] and bad[1]:

@@ -1,7 +1,8 @@
 """Methods of pairs: dpo (with a reference policy), orpo, simpo and cpo (without).
 
 Metrics have TRL's names: rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen, logps/rejected (sums
-over the tokens of an answer; means for orpo and simpo), entropy (per trained token), nll_loss.
+over the tokens of an answer; means for orpo and simpo), logits/chosen, logits/rejected (means over vocabulary and trained tokens, of
+models without a final softcap), entropy (per trained token), nll_loss.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from enginepost.data.pairs import AnswerBatch
 from enginepost.recipe import Recipe
 from enginepost.recipe_offline import CpoRecipe, DpoRecipe, OrpoRecipe, SimpoRecipe
 from enginepost.train.answer_rows import AnswerRows
-from enginepost.train.answers import answer_sums, by_answer, token_logprobs
+from enginepost.train.answers import answer_sums, by_answer, mean_logits, predicting, token_logprobs
 from enginepost.train.methods.answers import AnswerMethod, check_start
 from enginepost.train.methods.method import Metrics, Work
 from enginepost.train.objectives.preference import (
@@ -27,11 +28,21 @@ from enginepost.train.objectives.preference import (
 from enginepost.train.reference import Reference, cache_path, read_cache, write_cache
 
 
-def pair_metrics(chosen: Tensor, rejected: Tensor, policy: Tensor, entropy: Tensor) -> Metrics:
-    """Of rewards `[P]`, log-probabilities of answers `[2P]` (chosen, rejected, chosen, ...) and entropies `[N]`."""
+def pair_metrics(
+    chosen: Tensor, rejected: Tensor, policy: Tensor, entropy: Tensor, logits: Tensor | None, batch: AnswerBatch
+) -> Metrics:
+    """Of rewards `[P]`, log-probabilities of answers `[2P]` (chosen, rejected, chosen, ...), entropies and mean logits `[N]`."""
     pairs = len(chosen)
     ends = policy.detach()
-    return {
+    metrics: Metrics = (
+        {}
+        if logits is None
+        else {
+            f"logits/{name}": (answer_sums(logits, batch)[side::2].sum().item(), sum(batch.lengths[side::2]))
+            for side, name in enumerate(("chosen", "rejected"))
+        }
+    )
+    return metrics | {
         "rewards/chosen": (chosen.sum().item(), pairs),
         "rewards/rejected": (rejected.sum().item(), pairs),
         "rewards/margins": ((chosen - rejected).sum().item(), pairs),
@@ -113,7 +124,8 @@ class Dpo(AnswerMethod):
     def share_of_loss(self, model: Any, rows: AnswerRows, work: Work, index: int) -> tuple[Tensor, Metrics]:
         batch = work.micro_batches[index]
         reference = self.reference_logps(model, rows, batch)
-        logprob, entropy, squares = token_logprobs(model, batch, entropy=True, squares=self.recipe.wpo)
+        hidden = predicting(model, batch)
+        logprob, entropy, squares = token_logprobs(model, batch, entropy=True, squares=self.recipe.wpo, rows=hidden)
         policy = self.logps(batch, logprob)
         weights = None
         if squares is not None:
@@ -123,14 +135,16 @@ class Dpo(AnswerMethod):
             batch, policy, reference, self.recipe.loss, weights=weights, sft_logprob=answer_sums(logprob, batch)[0::2],
             mean_chosen_tokens=chosen_tokens(work) / work.count,
         )  # fmt: skip
-        return losses.sum() / work.count, pair_metrics(chosen, rejected, policy, entropy)
+        return losses.sum() / work.count, pair_metrics(
+            chosen, rejected, policy, entropy, mean_logits(model, hidden), batch
+        )
 
 
 def precomputed(method: Any, model: Any, rows: AnswerRows) -> Tensor:
     """Reference log-probabilities of every record of the data set of `rows`, from the cache on disk or made now."""
     dataset = AnswerRows(rows.preferences, torch.arange(len(rows.preferences)).numpy(), rows.shared)
     key = f"{dataset.fingerprint()}:{getattr(method.recipe, 'ld_alpha', None)}:{rows.shared is not None}"
-    path = cache_path(method.reference, key, model.dtype)
+    path = cache_path(method.reference.files, key, model.dtype)
     shape = (rows.each * len(rows.preferences),)
     found = read_cache(path, shape)
     if found is not None:
@@ -153,13 +167,14 @@ class Orpo(AnswerMethod):
 
     def share_of_loss(self, model: Any, rows: AnswerRows, work: Work, index: int) -> tuple[Tensor, Metrics]:
         batch = work.micro_batches[index]
-        logprob, entropy, _ = token_logprobs(model, batch, entropy=True)
+        hidden = predicting(model, batch)
+        logprob, entropy, _ = token_logprobs(model, batch, entropy=True, rows=hidden)
         sums = answer_sums(logprob, batch)
         mean = sums / torch.tensor(batch.lengths)
         nll = -sums[0::2] * (work.count / chosen_tokens(work))
         losses, odds = orpo_loss(mean[0::2], mean[1::2], nll, beta=self.recipe.beta)
         rewards = self.recipe.beta * mean.detach()
-        metrics = pair_metrics(rewards[0::2], rewards[1::2], mean, entropy)
+        metrics = pair_metrics(rewards[0::2], rewards[1::2], mean, entropy, mean_logits(model, hidden), batch)
         metrics["nll_loss"] = (-sums[0::2].sum().item(), sum(batch.lengths[0::2]))
         metrics["log_odds_chosen"] = (odds.sum().item(), len(odds))
         return losses.sum() / work.count, metrics
@@ -172,7 +187,8 @@ class Contrastive(AnswerMethod):
 
     def share_of_loss(self, model: Any, rows: AnswerRows, work: Work, index: int) -> tuple[Tensor, Metrics]:
         r, batch = self.recipe, work.micro_batches[index]
-        logprob, entropy, _ = token_logprobs(model, batch, entropy=True)
+        hidden = predicting(model, batch)
+        logprob, entropy, _ = token_logprobs(model, batch, entropy=True, rows=hidden)
         sums = answer_sums(logprob, batch)
         mean = sums / torch.tensor(batch.lengths)
         nll = -sums[0::2] * (work.count / chosen_tokens(work))
@@ -186,6 +202,6 @@ class Contrastive(AnswerMethod):
                 policy[0::2], policy[1::2], nll, beta=r.beta, alpha=r.alpha, loss=r.loss, label_smoothing=r.label_smoothing
             )  # fmt: skip
         rewards = r.beta * policy.detach()
-        metrics = pair_metrics(rewards[0::2], rewards[1::2], policy, entropy)
+        metrics = pair_metrics(rewards[0::2], rewards[1::2], policy, entropy, mean_logits(model, hidden), batch)
         metrics["nll_loss"] = (-sums[0::2].sum().item(), sum(batch.lengths[0::2]))
         return losses.sum() / work.count, metrics
