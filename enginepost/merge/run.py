@@ -140,19 +140,9 @@ def merge(
         else:
             reports.append(
                 _merge_one(
-                    document,
-                    directory,
-                    earlier,
-                    out,
-                    seed,
-                    threads,
-                    memory,
-                    shard_bytes,
-                    dry_run,
-                    dequantize,
-                    device,
+                    document, directory, earlier, out, seed, threads, memory, shard_bytes, dry_run, dequantize, device,
                     progress,
-                )
+                )  # fmt: skip
             )
         if document.name:
             earlier[document.name] = directory
@@ -190,19 +180,8 @@ def _merge_one(
         try:
             inner = {**places, **copies}
             return _merge_opened(
-                recipe,
-                inner,
-                directory,
-                started,
-                fingerprint,
-                seed,
-                threads,
-                memory,
-                shard_bytes,
-                dry_run,
-                device,
-                progress,
-            )
+                recipe, inner, directory, started, fingerprint, seed, threads, memory, shard_bytes, dry_run, device, progress
+            )  # fmt: skip
         finally:
             for copy, _ in copies.values():
                 _remove(copy.parent)

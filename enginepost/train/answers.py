@@ -12,7 +12,7 @@ from enginepost.data.pairs import AnswerBatch
 from enginepost.kernels.linear_logprob import linear_logprob
 from enginepost.model.shared import Copies, SharedPrompts, take
 
-HEAD_ROWS = 4096  # that are widened at once
+HEAD_ROWS = 4096  # of the head that are widened at once
 
 
 def hidden_states(model: Any, batch: AnswerBatch) -> Tensor:
@@ -64,7 +64,6 @@ def mean_logits(model: Any, rows: Tensor) -> Tensor | None:
     if model.spec.final_softcap:
         return None
     head = model.head_weight
-    total = sum(
-        block.float().sum(0) for block in head.split(HEAD_ROWS)
-    )  # a mean of bfloat16 would copy all of it to float32
+    # In blocks: a mean of bfloat16 would copy all of the head to float32.
+    total = sum(block.float().sum(0) for block in head.split(HEAD_ROWS))
     return rows.detach().float() @ (total / len(head))

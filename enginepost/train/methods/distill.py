@@ -118,5 +118,5 @@ class Distill(Sft):
         self, micro_batches: list[list[int]], epoch: float = 0.0, ends_epoch: bool = False, rows: Rows | None = None
     ) -> Work:
         work = super().work(micro_batches, epoch, ends_epoch, rows)
-        work.extra.update(rows=rows or self.rows, members=micro_batches)
+        work.extra.update(rows=self.rows if rows is None else rows, members=micro_batches)
         return work

@@ -34,15 +34,7 @@ def pair_metrics(
     """Of rewards `[P]`, log-probabilities of answers `[2P]` (chosen, rejected, chosen, ...), entropies and mean logits `[N]`."""
     pairs = len(chosen)
     ends = policy.detach()
-    metrics: Metrics = (
-        {}
-        if logits is None
-        else {
-            f"logits/{name}": (answer_sums(logits, batch)[side::2].sum().item(), sum(batch.lengths[side::2]))
-            for side, name in enumerate(("chosen", "rejected"))
-        }
-    )
-    return metrics | {
+    metrics: Metrics = {
         "rewards/chosen": (chosen.sum().item(), pairs),
         "rewards/rejected": (rejected.sum().item(), pairs),
         "rewards/margins": ((chosen - rejected).sum().item(), pairs),
@@ -51,6 +43,11 @@ def pair_metrics(
         "logps/rejected": (ends[1::2].sum().item(), pairs),
         "entropy": (entropy.detach().sum().item(), len(entropy)),
     }
+    if logits is not None:
+        sums = answer_sums(logits, batch)
+        for side, name in enumerate(("chosen", "rejected")):
+            metrics[f"logits/{name}"] = (sums[side::2].sum().item(), sum(batch.lengths[side::2]))
+    return metrics
 
 
 def chosen_tokens(work: Work) -> int:
