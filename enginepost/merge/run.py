@@ -138,12 +138,21 @@ def merge(
                 )
             )
         else:
-            reports.append(
-                _merge_one(
-                    document, directory, earlier, out, seed, threads, memory, shard_bytes, dry_run, dequantize, device,
-                    progress,
-                )  # fmt: skip
+            one = _merge_one(
+                document,
+                directory,
+                earlier,
+                out,
+                seed,
+                threads,
+                memory,
+                shard_bytes,
+                dry_run,
+                dequantize,
+                device,
+                progress,
             )
+            reports.append(one)
         if document.name:
             earlier[document.name] = directory
     return reports
