@@ -372,6 +372,14 @@ PYBIND11_MODULE(_core, m) {
     const Workspace workspace(bytes, a);
     run([&] { return ep_linear_logprob_forward(a, b, c, d, e, f, g, softcap, workspace.data(), stream); });
   });
+  m.attr("LINEAR_LOGPROB_PART") = EP_LINEAR_LOGPROB_PART;
+  m.def("linear_logprob_forward_part", [](O hidden, O weight, O targets, O target_rows, O state, O logprob, O lse, O entropy,
+                                          O direction, double softcap, int64_t first, int64_t vocab) {
+    Arg a(hidden), b(weight), c(targets), d(target_rows), e(state), f(logprob), g(lse), h(entropy), i(direction);
+    const int64_t bytes = ep_linear_logprob_forward_workspace_bytes_for(a, b, i);
+    const Workspace workspace(bytes, a);
+    run([&] { return ep_linear_logprob_forward_part(a, b, c, d, e, f, g, h, i, softcap, first, vocab, workspace.data(), stream); });
+  });
   m.def("linear_logprob_backward",
         [](O dlogprob, O dentropy, O hidden, O weight, O targets, O lse, O entropy, O dhidden, O dweight, double softcap) {
           Arg a(dlogprob), b(dentropy), c(hidden), d(weight), e(targets), f(lse), g(entropy), h(dhidden), i(dweight);

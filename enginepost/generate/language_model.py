@@ -77,9 +77,9 @@ class LanguageModel:
         targets = torch.cat([torch.cat([s[1:], skip[: len(s)]]) for s in sequences])
         model = self.model
         hidden = self._hidden(sequences)
-        logprob = linear_logprob(
-            hidden, model.head_weight, targets.to(hidden.device), softcap=model.spec.final_softcap
-        )[0]
+        logprob = linear_logprob(hidden, model.head_table, targets.to(hidden.device), softcap=model.spec.final_softcap)[
+            0
+        ]
         return [part[:-1] for part in logprob.split([len(s) for s in sequences])]
 
     def _hidden(self, sequences: list[Tensor]) -> Tensor:

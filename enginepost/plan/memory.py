@@ -28,6 +28,7 @@ SMALLEST8 = 4096  # elements from which 8-bit moments are used (kernels/adamw.py
 PROCESS = {"cpu": 257e6, "cuda": 0.6e9}
 MAPPED = {"cpu": 0.14e9, "cuda": 1.0e9}  # pages of libraries in memory
 HOST_PROCESS = 1.2e9  # host memory of a process that has a GPU
+HEAD_PART = 2 * 4032  # rows of a head in a file that are in memory at a time: PARTS of kernels/linear_logprob.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +142,7 @@ def weight_bytes(s: Setup) -> tuple[float, float]:
 
 
 def _tables_on_disk(s: Setup) -> bool:
-    """Embedding and head stay in their files too (model/residency.py, StoredTable): the head is in memory while the loss is made."""
+    """Embedding and head stay in their files too (model/residency.py, StoredTable): the loss reads the head a part at a time."""
     return s.weights == "disk" and s.device == "cpu"
 
 
@@ -273,7 +274,9 @@ def _play(tape: Tape, s: Setup, block: int) -> None:
 def _head(tape: Tape, s: Setup, h: float) -> None:
     spec, tokens = s.spec, s.tokens
     hidden, wide = tape.take(h, "head"), 4 * tokens * spec.hidden_size
-    table = tape.take(_table_bytes(s) if _tables_on_disk(s) else 0, "head")
+    # Two parts of the head, one in use and one being read, and its rows for the targets (kernels/linear_logprob.py).
+    parts = min(2.0 * HEAD_PART * spec.hidden_size * s.itemsize, 2 * _table_bytes(s))
+    table = tape.take(parts + h if _tables_on_disk(s) else 0, "head")
     rows = tape.take(4 * 4 * tokens, "head")
     if not s.full:
         direction = tape.take(wide, "head")

@@ -55,7 +55,7 @@ class Sft(Method):
         batch = work.micro_batches[index]
         hidden = model.hidden(batch.ids, batch.cu_seqlens, batch.positions)
         logprob, _, entropy = linear_logprob(
-            hidden, model.head_weight, batch.targets, softcap=model.spec.final_softcap, entropy=True
+            hidden, model.head_table, batch.targets, softcap=model.spec.final_softcap, entropy=True
         )
         trained = int((batch.targets != -100).sum())
         return sft_loss(logprob, work.count), {"entropy": (entropy.detach().sum().item(), trained)}
@@ -70,7 +70,7 @@ class Sft(Method):
         for micro in plan:
             batch = self.validation.batch(micro)
             hidden = model.hidden(batch.ids, batch.cu_seqlens, batch.positions)
-            logprob, _, _ = linear_logprob(hidden, model.head_weight, batch.targets, softcap=model.spec.final_softcap)
+            logprob, _, _ = linear_logprob(hidden, model.head_table, batch.targets, softcap=model.spec.final_softcap)
             total += sft_loss(logprob, 1).item()
             count += int((batch.targets != -100).sum())
         model.train()
