@@ -1,8 +1,8 @@
 """Compiles the CUDA kernels for every architecture and reads what ptxas says of them: `make cuda-check`.
 
-Fails on a stack frame, a spilled register, more registers than the kernel's budget below, or a remark of ptxas that it serialises
-wgmma or ignores setmaxnreg, and writes docs/kernels/ptxas.md. A budget is what the kernel's occupancy was planned with: a change that costs registers must change it here, knowingly. Needs nvcc and
-c++filt, no GPU.
+Fails on a stack frame, a spilled register, more registers than the kernel's budget below, or a remark that wgmma is serialised or
+setmaxnreg ignored, and writes docs/kernels/ptxas.md. A budget is what the kernel's occupancy was planned with: a change that costs
+registers must change it here, knowingly. Needs nvcc and c++filt, no GPU.
 """
 
 import argparse

@@ -37,6 +37,7 @@ inline void bind(pybind11::module_ &m) {
     const gemm::Choice choice = gemm::choose(m, n, depth, multiprocessors);
     return pybind11::make_tuple(choice.large, choice.slices);
   });
+  m.def("wgmma_columns", &gemm::wgmma_columns);
   m.def("planted_matmul",
         [](const std::string &fault, uintptr_t a, uintptr_t b, uintptr_t c, int64_t rows, int64_t columns, int64_t k, bool fp16) {
           check(planted_matmul(fault.c_str(), reinterpret_cast<const uint16_t *>(a), reinterpret_cast<const uint16_t *>(b),
