@@ -45,6 +45,7 @@ struct Matmul {
   int64_t c_row, m, n;
   bool c_bf16, accumulate;
   float *workspace;
+  bool turned = false;  // c^T is wanted: row i of the product is column i of c
 };
 
 constexpr int64_t A_BYTES = 32 << 20;  // packed rows of a at a time
@@ -52,6 +53,7 @@ constexpr int64_t B_BYTES = 3 << 18;   // one thread's packed block of b: well i
 constexpr int64_t A_ALIGN = 14 * 6 * 4, B_ALIGN = 32;  // multiples of every instruction set's tile
 constexpr int64_t DEPTH = 512;                         // products in one run, at most
 constexpr int64_t FEW_ROWS = 16, FEW_ALIGN = 16;       // rows that are not packed, and what their depth is padded to
+constexpr int64_t FEW_COLS = 64;                       // columns up to which a product may be turned (see `turn`)
 
 static inline int64_t blocked(int64_t extent, int64_t depth, int64_t bytes, int64_t align) {
   int64_t limit = bytes / 4 / (depth > 0 ? depth : 1) / align * align;
@@ -77,7 +79,17 @@ static_assert(A_ALIGN % MR == 0 && B_ALIGN % NR == 0, "blocks hold whole panels"
 template <int WIDTH, class T>
 static void pack_panel(const T *source, int64_t line_stride, int64_t k_stride, int count, int64_t k, float *panel) {
   if (line_stride == 1) {
-    for (int64_t p = 0; p < k; p++, source += k_stride, panel += WIDTH) {
+    int64_t p = 0;
+    if (count == WIDTH) {
+      // Whole vectors, as masks are slow on some processors: the next line overwrites what is written beyond a line of the panel,
+      // and what is read beyond a line of the source lies before the end of the last one.
+      constexpr int64_t WHOLE = (WIDTH + N - 1) / N * N;
+      const int64_t end = WHOLE == WIDTH ? k : k - 1;
+      for (; p < end && (k - 1 - p) * k_stride + WIDTH >= WHOLE; p++, source += k_stride, panel += WIDTH) {
+        for (int i = 0; i < WIDTH; i += N) store(panel + i, load(source + i));
+      }
+    }
+    for (; p < k; p++, source += k_stride, panel += WIDTH) {
       for (int i = 0; i < WIDTH; i += N) {
         const int width = WIDTH - i < N ? WIDTH - i : N, left = count - i < width ? count - i : width;
         put(panel + i, left <= 0 ? zero() : get(source + i, left), width);
@@ -132,13 +144,20 @@ static void pack(const MatrixView *inputs, bool rows, const int64_t *depth, int6
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t chunks(int64_t extent, int64_t size) { return (extent + size - 1) / size; }
 
-// c tile (rows, cols) (+)= a panel (k, MR) times b panel (k, NR).
+// c tile (rows, cols) (+)= a panel (k, MR) times b panel (k, NR); with `turned` it is c that has cols rows.
 template <class C>
-static inline void tile(int64_t k, const float *a, const float *b, C *c, int64_t c_row, int rows, int cols, bool accumulate) {
+static inline void tile(int64_t k, const float *a, const float *b, C *c, int64_t c_row, int rows, int cols, bool accumulate,
+                        bool turned) {
   alignas(64) float sum[MR * NR];
   const int64_t runs = chunks(k, DEPTH), run = runs > 0 ? chunks(k, runs) : 0;
   micro<1, MR, false>(run, a, b, NR, sum, NR);
   for (int64_t p = run; p < k; p += run) micro<1, MR, true>(least(run, k - p), a + p * MR, b + p * NR, NR, sum, NR);
+  if (turned) {
+    for (int j = 0; j < cols; j++, c += c_row) {
+      for (int i = 0; i < rows; i++) from_float(accumulate ? to_float(c[i]) + sum[i * NR + j] : sum[i * NR + j], c + i);
+    }
+    return;
+  }
   for (int i = 0; i < rows; i++, c += c_row) {
     const float *line = sum + i * NR;
     each(cols, [&](int64_t j, int n) { put(c + j, accumulate ? get(c + j, n) + get(line + j, N) : get(line + j, N), n); });
@@ -169,10 +188,11 @@ static void product(const Matmul &g) {
       for (int64_t j = n0; j < n1; j += NR) pack<NR>(g.b, false, g.depth, j, n1, mine + (j - n0) * k);
       for (int64_t i = first; i < least(panels, first + row_panels); i++) {
         const int64_t row = m0 + i * MR;
-        C *c = reinterpret_cast<C *>(g.c) + row * g.c_row;
+        C *c = reinterpret_cast<C *>(g.c) + (g.turned ? row : row * g.c_row);
+        const int64_t c_col = g.turned ? g.c_row : 1;
         for (int64_t j = n0; j < n1; j += NR) {
-          tile(k, pack_a + i * MR * k, mine + (j - n0) * k, c + j, g.c_row, int(least(MR, m1 - row)), int(least(NR, n1 - j)),
-               g.accumulate);
+          tile(k, pack_a + i * MR * k, mine + (j - n0) * k, c + j * c_col, g.c_row, int(least(MR, m1 - row)),
+               int(least(NR, n1 - j)), g.accumulate, g.turned);
         }
       }
     });
@@ -251,8 +271,22 @@ static void few_product(const Matmul &g) {
   });
 }
 
+// c^T = b^T a^T for the products of a backward pass that have many rows, few columns and an a whose rows lie across (dy^T s, x^T
+// ds): copied into panels of MR lines it would be cut into pieces that fill no vector, and as b^T it is copied in whole ones.
+static bool turn(const Matmul &g, Matmul &t) {
+  if (g.n > FEW_COLS || g.m <= g.n || g.depth[1] > 0 || g.a[0].row != 1 || g.a[0].col == 1 || g.b[0].quantized != nullptr)
+    return false;
+  t = g;
+  t.m = g.n, t.n = g.m, t.turned = true;
+  t.a[0] = {g.b[0].data, g.b[0].col, g.b[0].row, g.b[0].bf16, nullptr};
+  t.b[0] = {g.a[0].data, g.a[0].col, g.a[0].row, g.a[0].bf16, nullptr};
+  return true;
+}
+
 void matmul(const Matmul &g) {
   if (few_rows(g)) return g.c_bf16 ? few_product<bf16>(g) : few_product<float>(g);
+  Matmul t;
+  if (turn(g, t)) return g.c_bf16 ? product<bf16>(t) : product<float>(t);
   g.c_bf16 ? product<bf16>(g) : product<float>(g);
 }
 
@@ -284,9 +318,13 @@ static bool strided(Tensor &out, const DLTensor *t, const char *fn, const char *
 }
 
 extern "C" int64_t ep_matmul_workspace_bytes(int64_t m, int64_t n, int64_t k) {
-  const int64_t packed = (block_rows(m, k) + block_cols(n, k) * int64_t(num_threads())) * k;
-  const int64_t few = m <= FEW_ROWS ? m * (k + 2 * FEW_ALIGN) : 0;
-  return (packed > few ? packed : few) * 4;
+  const auto packed = [&](int64_t rows, int64_t cols) {
+    return (block_rows(rows, k) + block_cols(cols, k) * int64_t(num_threads())) * k;
+  };
+  int64_t most = packed(m, n);
+  if (n <= FEW_COLS && packed(n, m) > most) most = packed(n, m);
+  if (m <= FEW_ROWS && m * (k + 2 * FEW_ALIGN) > most) most = m * (k + 2 * FEW_ALIGN);
+  return most * 4;
 }
 
 namespace {
