@@ -14,7 +14,8 @@
 //
 // Every element is summed in an order that depends on k alone, by one thread, so results depend neither on the blocking nor on the
 // thread count. Runs of up to DEPTH products are summed on their own and then added up, which keeps the rounding error of a long
-// sum down.
+// sum down; a2 b2 has runs of its own, so that c is the same to the bit without it as with an a2 of zeros. What is zero at the ends
+// of a panel of b2 is left out: in a fused projection b2 has the updates of its matrices on diagonal blocks.
 //
 // A weight in 4 bits (b alone) is decoded where bfloat16 would be widened: in the copy into panels, so that no more of it than a
 // block is ever held as numbers.
@@ -61,6 +62,11 @@ static inline int64_t blocked(int64_t extent, int64_t depth, int64_t bytes, int6
   const int64_t all = (extent + align - 1) / align * align;
   return all < limit ? all : limit;
 }
+struct Filled {
+  int64_t first, last;
+};
+// What one thread packs of b, in floats: its block, and for each panel (of 8 columns at least) which lines are filled.
+static inline int64_t block_floats(int64_t cols, int64_t depth) { return cols * depth + cols / 8 * int64_t(sizeof(Filled) / 4); }
 static inline int64_t block_rows(int64_t m, int64_t depth) { return blocked(m, depth, A_BYTES, A_ALIGN); }
 static inline int64_t block_cols(int64_t n, int64_t depth) { return blocked(n, depth, B_BYTES, B_ALIGN); }
 
@@ -144,14 +150,38 @@ static void pack(const MatrixView *inputs, bool rows, const int64_t *depth, int6
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t chunks(int64_t extent, int64_t size) { return (extent + size - 1) / size; }
 
-// c tile (rows, cols) (+)= a panel (k, MR) times b panel (k, NR); with `turned` it is c that has cols rows.
+// Lines of a panel (k, NR) that are not zero: those before first and from last on are.
+static inline Filled filled(const float *panel, int64_t k) {
+  const auto empty = [&](int64_t p) {
+    for (int i = 0; i < NR; i++) {
+      if (panel[p * NR + i] != 0.f) return false;
+    }
+    return true;
+  };
+  Filled lines{0, k};
+  while (lines.first < k && empty(lines.first)) lines.first++;
+  while (lines.last > lines.first && empty(lines.last - 1)) lines.last--;
+  return lines;
+}
+
+// c tile (rows, cols) (+)= a panel (k, MR) times b panel (k, NR), k both depths, of the second only the filled lines; with `turned`
+// it is c that has cols rows.
 template <class C>
-static inline void tile(int64_t k, const float *a, const float *b, C *c, int64_t c_row, int rows, int cols, bool accumulate,
-                        bool turned) {
+static inline void tile(const int64_t *depth, const Filled &second, const float *a, const float *b, C *c, int64_t c_row, int rows,
+                        int cols, bool accumulate, bool turned) {
   alignas(64) float sum[MR * NR];
-  const int64_t runs = chunks(k, DEPTH), run = runs > 0 ? chunks(k, runs) : 0;
-  micro<1, MR, false>(run, a, b, NR, sum, NR);
-  for (int64_t p = run; p < k; p += run) micro<1, MR, true>(least(run, k - p), a + p * MR, b + p * NR, NR, sum, NR);
+  bool begun = false;
+  for (int part = 0; part < 2; part++) {
+    if (part == 1) a += second.first * MR, b += second.first * NR;
+    const int64_t k = part == 0 ? depth[0] : second.last - second.first;
+    const int64_t runs = chunks(k, DEPTH), run = runs > 0 ? chunks(k, runs) : 0;
+    for (int64_t p = 0; p < k; p += run, begun = true) {
+      const int64_t steps = least(run, k - p);
+      begun ? micro<1, MR, true>(steps, a, b, NR, sum, NR) : micro<1, MR, false>(steps, a, b, NR, sum, NR);
+      a += steps * MR, b += steps * NR;
+    }
+  }
+  if (!begun) micro<1, MR, false>(0, a, b, NR, sum, NR);
   if (turned) {
     for (int j = 0; j < cols; j++, c += c_row) {
       for (int i = 0; i < rows; i++) from_float(accumulate ? to_float(c[i]) + sum[i * NR + j] : sum[i * NR + j], c + i);
@@ -169,6 +199,7 @@ static void product(const Matmul &g) {
   const int64_t k = g.depth[0] + g.depth[1], threads = num_threads();
   const int64_t m_step = block_rows(g.m, k), n_step = block_cols(g.n, k);
   float *pack_a = g.workspace, *pack_b = pack_a + m_step * k;
+  Filled *lines = reinterpret_cast<Filled *>(pack_b + threads * n_step * k);
   for (int64_t m0 = 0; m0 < g.m; m0 += m_step) {
     const int64_t m1 = least(m0 + m_step, g.m), panels = chunks(m1 - m0, MR);
     parallel_for(chunks(panels, 4), [&](int64_t task, int) {
@@ -185,14 +216,19 @@ static void product(const Matmul &g) {
     parallel_for(row_tasks * col_tasks, [&](int64_t task, int thread) {
       const int64_t n0 = task / row_tasks * cols, n1 = least(n0 + cols, g.n), first = task % row_tasks * row_panels;
       float *mine = pack_b + thread * n_step * k;
-      for (int64_t j = n0; j < n1; j += NR) pack<NR>(g.b, false, g.depth, j, n1, mine + (j - n0) * k);
+      Filled *second = lines + thread * (n_step / NR);
+      for (int64_t j = n0; j < n1; j += NR) {
+        float *panel = mine + (j - n0) * k;
+        pack<NR>(g.b, false, g.depth, j, n1, panel);
+        second[(j - n0) / NR] = filled(panel + g.depth[0] * NR, g.depth[1]);
+      }
       for (int64_t i = first; i < least(panels, first + row_panels); i++) {
         const int64_t row = m0 + i * MR;
         C *c = reinterpret_cast<C *>(g.c) + (g.turned ? row : row * g.c_row);
         const int64_t c_col = g.turned ? g.c_row : 1;
         for (int64_t j = n0; j < n1; j += NR) {
-          tile(k, pack_a + i * MR * k, mine + (j - n0) * k, c + j * c_col, g.c_row, int(least(MR, m1 - row)),
-               int(least(NR, n1 - j)), g.accumulate, g.turned);
+          tile(g.depth, second[(j - n0) / NR], pack_a + i * MR * k, mine + (j - n0) * k, c + j * c_col, g.c_row,
+               int(least(MR, m1 - row)), int(least(NR, n1 - j)), g.accumulate, g.turned);
         }
       }
     });
@@ -319,7 +355,7 @@ static bool strided(Tensor &out, const DLTensor *t, const char *fn, const char *
 
 extern "C" int64_t ep_matmul_workspace_bytes(int64_t m, int64_t n, int64_t k) {
   const auto packed = [&](int64_t rows, int64_t cols) {
-    return (block_rows(rows, k) + block_cols(cols, k) * int64_t(num_threads())) * k;
+    return block_rows(rows, k) * k + block_floats(block_cols(cols, k), k) * int64_t(num_threads());
   };
   int64_t most = packed(m, n);
   if (n <= FEW_COLS && packed(n, m) > most) most = packed(n, m);
