@@ -69,7 +69,7 @@ def _door(function: F, in_place: bool) -> F:
 
 def _fields(value: Any) -> tuple[str, ...]:
     """Names of the fields of a dataclass's instance; () for anything else."""
-    return () if isinstance(value, type) else _fields_of(type(value))
+    return () if isinstance(value, type) else _fields_of(type(value))  # type: ignore[arg-type]  # mypy: a class is hashable
 
 
 @functools.cache

@@ -419,7 +419,7 @@ class _Eager(torch.autograd.Function):
         x, s, a, *rest = ctx.saved_tensors
         form, starts, dropout, seed, tensors = ctx.settings
         wants_x, wants_bias, wants_a = ctx.needs_input_grad[:3]
-        wants_weight, *wants_b = (ctx.needs_input_grad[9], *ctx.needs_input_grad[9 + tensors :])
+        wants_weight, wants_b = ctx.needs_input_grad[9], ctx.needs_input_grad[9 + tensors :]
         dx, dweight, dbias, da, *db = _backward(
             dy, x, _put_together(rest[:tensors], form), s, a, rest[tensors:], starts, dropout, seed,
             [wants_x, wants_weight, wants_bias, wants_a, any(wants_b)],

@@ -1,10 +1,10 @@
 """How the C library treats the memory that a step frees. Only glibc is asked.
 
-A step takes and frees tensors of the same sizes as the step before. glibc serves large blocks with mmap, and what is returned to the
-system with each of them is taken page by page again: 7 % of a LoRA step on a CPU went into page faults. `keep` lets the heap hold on
-to everything up to the 32 MB that glibc allows. In exchange a few small blocks that live longer keep holes between them: 2 % of the
-memory of that run, up to 60 MB at 1000 tokens of width 2048. `give_back`, for runs that count every megabyte, returns blocks of a
-megabyte and more at once. (Left alone, glibc begins like that and raises its threshold with each block that is freed.)
+A step takes and frees tensors of the same sizes as the step before. glibc serves large blocks with mmap, and what is returned to
+the system with each of them is taken page by page again: 6 % of a LoRA step on a CPU went into page faults. `keep` lets the heap
+hold on to everything up to the 32 MB that glibc allows; in exchange a few small blocks that live longer keep holes between them, 20
+to 60 MB. `give_back`, for runs that save memory in any other way (checkpointing is one), returns blocks of a megabyte and more at
+once. (Left alone, glibc begins like that and raises its threshold with each block that is freed.)
 """
 
 import ctypes

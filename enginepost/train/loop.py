@@ -72,10 +72,8 @@ def train(recipe: str | os.PathLike[str] | Mapping[str, Any], *, resume: bool = 
 
 def _train(recipe: Recipe, run: RunDirectory, command: str) -> None:
     method = methods.create(recipe)
-    if recipe.memory is None and recipe.weights == "resident" and recipe.quantize is None:
-        heap.keep()
-    else:
-        heap.give_back()
+    saving = recipe.checkpointing or recipe.memory or recipe.quantize or recipe.weights != "resident"
+    heap.give_back() if saving else heap.keep()
     recipe = budget.settle(recipe, say=print)
     with budget.guarded(recipe):
         _steps(recipe, run, method, command)

@@ -28,6 +28,7 @@ def peak_of_run(models: pathlib.Path, tokenizer: pathlib.Path, name: str, keys: 
         "model": str(models / name), "data": str(models / "rows.txt"), "method": "pretrain", "max_steps": 2,
         "gradient_accumulation": 1, "max_length": 1024, "output": str(models / f"run{time.monotonic_ns()}"), **keys,
     }  # fmt: skip
+    recipe = {k: v for k, v in recipe.items() if v is not None or k == "lora"}
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ENGINEPOST_CACHE": str(models / "cache")}
     run = subprocess.Popen([sys.executable, "-c", TRAIN, json.dumps(recipe)], env=environment, stdout=subprocess.PIPE,
                            stderr=subprocess.STDOUT, text=True)  # fmt: skip

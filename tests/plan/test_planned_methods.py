@@ -67,10 +67,8 @@ def measured(models: pathlib.Path, tokenizer: pathlib.Path, method: str, keys: d
         if said.get(key):
             said[key] = str(models / said[key])
     if method in ("grpo", "ppo", "gkd"):
-        del said["overlong"]
-    return peak_of_run(
-        models, tokenizer, "llama-3.2-1b", {k: v for k, v in said.items() if v is not None or k == "lora"}
-    )
+        said |= {"overlong": None, "gradient_accumulation": None}
+    return peak_of_run(models, tokenizer, "llama-3.2-1b", said)
 
 
 @pytest.mark.slow
