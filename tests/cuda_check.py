@@ -23,9 +23,9 @@ BUDGETS = {
     "adamw": {"step": 64, "step8": 80},
     "attention_forward_wgmma": {"*": 168},  # at entry: 384 threads; setmaxnreg gives 240 to those that multiply
     "glu": {"*": 64},
-    "linear_logprob_backward": {"product": 240, "*": 64},
-    "linear_logprob_forward": {"product": 240, "*": 64},
-    "matmul": {"product": 240, "few_rows": 128, "*": 64},
+    "linear_logprob_backward": {"product": 240, "product_wgmma": 168, "*": 64},
+    "linear_logprob_forward": {"product": 240, "product_wgmma": 168, "*": 64},
+    "matmul": {"product": 240, "product_wgmma": 168, "few_rows": 128, "*": 64},
     "merge": {"inner_products": 96, "*": 64},
     "merge_select": {"task_sum": 96, "*": 64},
     "nf4": {"*": 64},
