@@ -328,16 +328,16 @@ PYBIND11_MODULE(_core, m) {
     run([&] { return ep_merge_rank_mask(a, b, p, c, sums, workspace.data(), stream); });
   });
   m.def("merge_task_sum", [](O base, const py::list &x, const py::list &selects, bool elect, bool normalize, int zero_sign,
-                             double scale, int64_t start, O out) {
+                             double scale, int64_t start, O out, bool count_signs) {
     Arg a(base), b(out);
     Args c(x);
     Selects s(selects);
     if (s.selects.size() != c.tensors.size()) throw py::value_error("merge_task_sum: one selection a tensor is needed");
-    int64_t signs = 0;
+    int64_t signs = 0, *counted = count_signs ? &signs : nullptr;
     const ep_merge_task_params p{elect, normalize, zero_sign, float(scale), start};
     const int count = int(c.tensors.size());
     const Workspace workspace = merge_workspace(c, count, 0);
-    run([&] { return ep_merge_task_sum(a, c.tensors.data(), s.selects.data(), count, p, b, &signs, workspace.data(), stream); });
+    run([&] { return ep_merge_task_sum(a, c.tensors.data(), s.selects.data(), count, p, b, counted, workspace.data(), stream); });
     return py::make_tuple(signs, s.seen());
   });
   m.def("merge_nonfinite", [](O x) {
