@@ -96,11 +96,15 @@ static inline void group(const AdamW8 &a, const AdamW &s, const Update &update, 
   V odd = zero();  // NaN as soon as a gradient is not finite
   each(count, [&](int64_t i, int n) { odd = fma(get(grad + i, n) * update.scale, zero(), odd); });
   const float finite = sum(odd);
+  V m_most = zero(), v_most = zero();
   if (count == GROUP && finite == 0.f) {
+    const Decoder<true> decode_m(*a.m_code);
+    const Decoder<false> decode_v(*a.v_code);
     for (int64_t i = 0; i < GROUP; i += N) {
       const V old = master == nullptr ? load(param + i) : load(master + i);
-      const Moved r = update(load(grad + i) * update.scale, pick(a.m_code->value, mc + i) * m_scale,
-                             pick(a.v_code->value, vc + i) * v_scale, old);
+      const Moved r = update(load(grad + i) * update.scale, decode_m(mc + i) * m_scale, decode_v(vc + i) * v_scale, old);
+      m_most = max(magnitude(r.m), m_most);
+      v_most = max(r.v, v_most);
       store(m + i, r.m);
       store(v + i, r.v);
       if (master != nullptr) store(master + i, r.p);
@@ -116,30 +120,27 @@ static inline void group(const AdamW8 &a, const AdamW &s, const Update &update, 
       float lane[3][N];
       store(lane[0], r.m), store(lane[1], r.v), store(lane[2], r.p);
       m[i] = lane[0][0], v[i] = lane[1][0];
+      m_most = max(magnitude(r.m), m_most);
+      v_most = max(r.v, v_most);
       if (master != nullptr) master[i] = lane[2][0];
       from_float(lane[2][0], param + i);
     }
   }
-  V m_most = zero(), v_most = zero();
-  for (int64_t i = 0; i < GROUP; i += N) {
-    m_most = max(magnitude(load(m + i)), m_most);
-    v_most = max(load(v + i), v_most);
-  }
   const float m_max = max(m_most), v_max = max(v_most);
   a.m_scale[from / GROUP] = m_max, a.v_scale[from / GROUP] = v_max;
   const V m_factor = set1(1.f / (m_max < 1e-38f ? 1e-38f : m_max)), v_factor = set1(1.f / (v_max < 1e-38f ? 1e-38f : v_max));
-  const V below_zero = set1(a.m_code->value[126]), above_zero = set1(a.v_code->value[1]), huge = set1(1e30f);
-  for (int64_t i = 0; i < GROUP; i += N) {
-    store(m + i, lower_negative(load(m + i) * m_factor, below_zero));
-    const V x = load(v + i) * v_factor;
-    store(v + i, max(x, min(x * huge, above_zero)));
-  }
-  if (count == GROUP) {
-    encode(*a.m_code, m, GROUP, mc);
-    encode(*a.v_code, v, GROUP, vc);
-  } else {
-    for (int64_t i = 0; i < count; i++) mc[i] = uint8_t(nearest(*a.m_code, m[i])), vc[i] = uint8_t(nearest(*a.v_code, v[i]));
-  }
+  const V below_zero = set1(-a.m_code->value[126]), above_zero = set1(a.v_code->value[1]), small = set1(0x1p-24f);
+  uint8_t codes[2 * GROUP];
+  uint8_t *m_out = count == GROUP ? mc : codes, *v_out = count == GROUP ? vc : codes + GROUP;
+  encode<true>(*a.m_code, GROUP, m_out, [&](int64_t i, V &x, V &floor) {
+    x = load(m + i) * m_factor;
+    floor = where_negative(x, below_zero, small);
+  });
+  encode<false>(*a.v_code, GROUP, v_out, [&](int64_t i, V &x, V &floor) {
+    x = load(v + i) * v_factor;
+    floor = where_positive(x, above_zero);
+  });
+  if (count < GROUP) std::memcpy(mc, m_out, size_t(count)), std::memcpy(vc, v_out, size_t(count));
 }
 
 template <class P, class G>
