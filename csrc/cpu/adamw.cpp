@@ -3,8 +3,8 @@
 // with c1 = 1 - b1^t, c2 = 1 - b2^t. Work is cut into BLOCK elements whatever the thread count.
 //
 // With moments in 8 bits the same update runs on 256 elements at a time, decoded into registers and kept in float32 on the stack
-// until the largest of each moment is known. Neither a negative m nor a positive v becomes the code of zero: the sign is what m
-// says, and m over a lost v would be a leap.
+// until the largest of each moment is known. Where a gradient is not finite both moments become zero and the parameter stays.
+// Neither a negative m nor a positive v becomes the code of zero: the sign is what m says, and m over a lost v would be a leap.
 #include "enginepost/adamw.h"
 
 #include <cmath>
@@ -84,73 +84,101 @@ struct Update {
   }
 };
 
-// One group: elements [from, from + count), count < GROUP at the end of the tensor.
+// GROUP elements, and their moments between the update and the encoding.
 template <class P, class G>
-static inline void group(const AdamW8 &a, const AdamW &s, const Update &update, int64_t from, int64_t count) {
-  P *param = reinterpret_cast<P *>(s.param) + from;
-  const G *grad = reinterpret_cast<const G *>(s.grad) + from;
-  float *master = s.master == nullptr ? nullptr : s.master + from;
-  uint8_t *mc = a.m + from, *vc = a.v + from;
-  const V m_scale = set1(a.m_scale[from / GROUP]), v_scale = set1(a.v_scale[from / GROUP]);
+struct Group {
+  P *param;
+  const G *grad;
+  float *master;
+  uint8_t *m, *v;
+  float *m_scale, *v_scale;
+};
+struct Wide {
   alignas(64) float m[GROUP], v[GROUP];
-  V odd = zero();  // NaN as soon as a gradient is not finite
-  each(count, [&](int64_t i, int n) { odd = fma(get(grad + i, n) * update.scale, zero(), odd); });
-  const float finite = sum(odd);
-  V m_most = zero(), v_most = zero();
-  if (count == GROUP && finite == 0.f) {
-    const Decoder<true> decode_m(*a.m_code);
-    const Decoder<false> decode_v(*a.v_code);
-    for (int64_t i = 0; i < GROUP; i += N) {
-      const V old = master == nullptr ? load(param + i) : load(master + i);
-      const Moved r = update(load(grad + i) * update.scale, decode_m(mc + i) * m_scale, decode_v(vc + i) * v_scale, old);
-      m_most = max(magnitude(r.m), m_most);
-      v_most = max(r.v, v_most);
-      store(m + i, r.m);
-      store(v + i, r.v);
-      if (master != nullptr) store(master + i, r.p);
-      store(param + i, r.p);
+  V m_factor, v_factor;
+};
+
+struct Codes {
+  Decoder<true> decode_m;
+  Decoder<false> decode_v;
+  Encoder<true> encode_m;
+  Encoder<false> encode_v;
+  V below_zero, above_zero;  // magnitudes of the values next to zero
+};
+
+// Groups in a row. While one is updated, the one before is encoded, 32 elements in turn: divisions and square roots leave most of
+// the processor idle.
+template <class P, class G>
+static void groups(const Group<P, G> &first, int64_t count, const Update &update, const Codes &c) {
+  Wide wide[2];
+  for (int64_t k = 0; k <= count; k++) {
+    const int64_t at = k * GROUP, before = at - GROUP;
+    Wide &now = wide[k % 2];
+    const Wide &last = wide[1 - k % 2];
+    V m_most = zero(), v_most = zero();
+    const V m_scale = set1(k < count ? first.m_scale[k] : 0.f), v_scale = set1(k < count ? first.v_scale[k] : 0.f);
+    for (int64_t part = 0; part < GROUP; part += 32) {
+      for (int64_t i = part; i < part + 32 && k < count; i += N) {
+        const V g = load(first.grad + at + i) * update.scale;
+        const V old = first.master == nullptr ? load(first.param + at + i) : load(first.master + at + i);
+        Moved r = update(g, c.decode_m(first.m + at + i) * m_scale, c.decode_v(first.v + at + i) * v_scale, old);
+        r = {where_finite(g, r.m, zero()), where_finite(g, r.v, zero()), where_finite(g, r.p, old)};
+        m_most = max(magnitude(r.m), m_most);
+        v_most = max(r.v, v_most);
+        store(now.m + i, r.m);
+        store(now.v + i, r.v);
+        if (first.master != nullptr) store(first.master + at + i, r.p);
+        store(first.param + at + i, r.p);
+      }
+      if (k == 0) continue;
+      encode(c.encode_m, 32, first.m + before + part, [&](int64_t i, V &x, V &floor) {
+        x = load(last.m + part + i) * last.m_factor;
+        floor = where_negative(x, c.below_zero, set1(0x1p-24f));
+      });
+      encode(c.encode_v, 32, first.v + before + part, [&](int64_t i, V &x, V &floor) {
+        x = load(last.v + part + i) * last.v_factor;
+        floor = where_positive(x, c.above_zero);
+      });
     }
-  } else {
-    for (int64_t i = 0; i < GROUP; i++) {
-      m[i] = v[i] = 0.f;
-      const float g = i < count ? to_float(grad[i]) * s.scale : INFINITY;
-      if (!(g - g == 0.f)) continue;
-      const Moved r = update(set1(g), set1(a.m_code->value[mc[i]]) * m_scale, set1(a.v_code->value[vc[i]]) * v_scale,
-                             set1(master == nullptr ? to_float(param[i]) : master[i]));
-      float lane[3][N];
-      store(lane[0], r.m), store(lane[1], r.v), store(lane[2], r.p);
-      m[i] = lane[0][0], v[i] = lane[1][0];
-      m_most = max(magnitude(r.m), m_most);
-      v_most = max(r.v, v_most);
-      if (master != nullptr) master[i] = lane[2][0];
-      from_float(lane[2][0], param + i);
-    }
+    if (k == count) break;
+    const float m_max = max(m_most), v_max = max(v_most);
+    first.m_scale[k] = m_max, first.v_scale[k] = v_max;
+    now.m_factor = set1(1.f / (m_max < 1e-38f ? 1e-38f : m_max)), now.v_factor = set1(1.f / (v_max < 1e-38f ? 1e-38f : v_max));
   }
-  const float m_max = max(m_most), v_max = max(v_most);
-  a.m_scale[from / GROUP] = m_max, a.v_scale[from / GROUP] = v_max;
-  const V m_factor = set1(1.f / (m_max < 1e-38f ? 1e-38f : m_max)), v_factor = set1(1.f / (v_max < 1e-38f ? 1e-38f : v_max));
-  const V below_zero = set1(-a.m_code->value[126]), above_zero = set1(a.v_code->value[1]), small = set1(0x1p-24f);
-  uint8_t codes[2 * GROUP];
-  uint8_t *m_out = count == GROUP ? mc : codes, *v_out = count == GROUP ? vc : codes + GROUP;
-  encode<true>(*a.m_code, GROUP, m_out, [&](int64_t i, V &x, V &floor) {
-    x = load(m + i) * m_factor;
-    floor = where_negative(x, below_zero, small);
-  });
-  encode<false>(*a.v_code, GROUP, v_out, [&](int64_t i, V &x, V &floor) {
-    x = load(v + i) * v_factor;
-    floor = where_positive(x, above_zero);
-  });
-  if (count < GROUP) std::memcpy(mc, m_out, size_t(count)), std::memcpy(vc, v_out, size_t(count));
 }
 
 template <class P, class G>
 static void step8(const AdamW8 &a) {
-  const Update update(a.step);
-  parallel_for(blocks(a.step.size), [&](int64_t task, int) {
-    const int64_t end = a.step.size - task * BLOCK < BLOCK ? a.step.size : (task + 1) * BLOCK;
-    for (int64_t from = task * BLOCK; from < end; from += GROUP) {
-      group<P, G>(a, a.step, update, from, end - from < GROUP ? end - from : GROUP);
-    }
+  const AdamW &s = a.step;
+  const Update update(s);
+  const Codes codes{Decoder<true>(*a.m_code),  Decoder<false>(*a.v_code),   Encoder<true>(*a.m_code),
+                    Encoder<false>(*a.v_code), set1(-a.m_code->value[126]), set1(a.v_code->value[1])};
+  parallel_for(blocks(s.size), [&](int64_t task, int) {
+    const int64_t from = task * BLOCK, size = s.size - from < BLOCK ? s.size - from : BLOCK, rest = size % GROUP;
+    const auto group = [&](int64_t i) {
+      return Group<P, G>{reinterpret_cast<P *>(s.param) + i,
+                         reinterpret_cast<const G *>(s.grad) + i,
+                         s.master == nullptr ? nullptr : s.master + i,
+                         a.m + i,
+                         a.v + i,
+                         a.m_scale + i / GROUP,
+                         a.v_scale + i / GROUP};
+    };
+    groups(group(from), size / GROUP, update, codes);
+    if (rest == 0) return;
+    // The last group of a tensor: filled up with zeros, in memory of its own.
+    const Group<P, G> last = group(from + size - rest);
+    P param[GROUP] = {};
+    G grad[GROUP] = {};
+    float master[GROUP] = {};
+    uint8_t m[GROUP], v[GROUP] = {};
+    std::memset(m, a.m_code->zero, sizeof m);
+    const auto copy = [rest](auto *to, const auto *p) { std::memcpy(to, p, size_t(rest) * sizeof *to); };
+    copy(param, last.param), copy(grad, last.grad), copy(m, last.m), copy(v, last.v);
+    if (last.master != nullptr) copy(master, last.master);
+    groups(Group<P, G>{param, grad, last.master == nullptr ? nullptr : master, m, v, last.m_scale, last.v_scale}, 1, update, codes);
+    copy(last.param, param), copy(last.m, m), copy(last.v, v);
+    if (last.master != nullptr) copy(last.master, master);
   });
 }
 

@@ -54,9 +54,9 @@ static inline int nearest(const DynamicCode &c, float x) {
 }
 
 // sized(x, floor): x with a magnitude of `floor` at least. NaN stays NaN: max returns its second operand then.
-// where_negative(x, a, b): a where x has its sign bit set, else b. where_positive(x, a): a where x > 0, else 0.
-// pick: the values of the next N codes. Decoder: the same to a relative error of 4e-7, without reading tables.
-// Encoder: the codes of x, if no lane of `unsure` is set. A code's byte is the lowest of its lane.
+// where_negative(x, a, b): a where x has its sign bit set, else b; where_finite likewise. where_positive(x, a): a where x > 0, else
+// 0. pick: the values of the next N codes. Decoder: the same to a relative error of 4e-7, without reading tables. Encoder: the
+// codes of x, if no lane of `unsure` is set. A code's byte is the lowest of its lane.
 //
 // NOTES: AVX2's gathers are slower than single loads on AMD's cores (Zen 3: 30 cycles for 8 lanes).
 #if defined(__AVX512F__)
@@ -71,6 +71,10 @@ static inline V flip(V x, V by) {  // x, or -x where `by` has its sign bit set
 static inline V where_negative(V x, V a, V b) { return {_mm512_mask_blend_ps(_mm512_movepi32_mask(bits_of(x)), b.v, a.v)}; }
 static inline V where_positive(V x, V a) {
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_GT_OQ), a.v)};
+}
+static inline V where_finite(V x, V a, V b) {
+  const __m512 none = _mm512_mul_ps(x.v, _mm512_setzero_ps());
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(none, none, _CMP_ORD_Q), b.v, a.v)};
 }
 static inline V pick(const float *table, const uint8_t *codes) {
   const I at = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(codes)));
@@ -109,6 +113,10 @@ static inline V magnitude(V x) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.f), 
 static inline V flip(V x, V by) { return {_mm256_xor_ps(x.v, _mm256_and_ps(by.v, _mm256_set1_ps(-0.f)))}; }
 static inline V where_negative(V x, V a, V b) { return {_mm256_blendv_ps(b.v, a.v, x.v)}; }
 static inline V where_positive(V x, V a) { return {_mm256_and_ps(_mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_GT_OQ), a.v)}; }
+static inline V where_finite(V x, V a, V b) {
+  const __m256 none = _mm256_mul_ps(x.v, _mm256_setzero_ps());
+  return {_mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(none, none, _CMP_ORD_Q))};
+}
 static inline V pick(const float *table, const uint8_t *c) {
   return {_mm256_setr_ps(table[c[0]], table[c[1]], table[c[2]], table[c[3]], table[c[4]], table[c[5]], table[c[6]], table[c[7]])};
 }
@@ -158,6 +166,10 @@ static inline V where_positive(V x, V a) {
   for (int i = 0; i < N; i++) x.v[i] = x.v[i] > 0.f ? a.v[i] : 0.f;
   return x;
 }
+static inline V where_finite(V x, V a, V b) {
+  for (int i = 0; i < N; i++) x.v[i] = std::isfinite(x.v[i]) ? a.v[i] : b.v[i];
+  return x;
+}
 static inline V pick(const float *table, const uint8_t *codes) {
   V out;
   for (int i = 0; i < N; i++) out.v[i] = table[codes[i]];
@@ -185,10 +197,12 @@ struct Decoder {
 
 template <bool SIGNED>
 struct Encoder {
+  const DynamicCode &code;
   V per_code, at_zero, highest, whole, middle;
   I kinds, border;
   explicit Encoder(const DynamicCode &c)
-      : per_code(eight(c.per_code)),
+      : code(c),
+        per_code(eight(c.per_code)),
         at_zero(eight(c.at_zero)),
         highest(eight(c.highest)),
         whole(set1(12582912.f + float(c.zero))),  // 1.5 * 2^23: added to a number, its lowest bits are the nearest integer
@@ -202,9 +216,9 @@ struct Encoder {
     kind = one_more_above(kind, SIGNED ? plus(bits, shift_right<31>(bits_of(x))) : bits, look_up(border, kind));  // a tie goes down
     V t = min(look_up(highest, kind), fma(size, look_up(per_code, kind), look_up(at_zero, kind)));
     if (SIGNED) t = max(set1(-127.f), flip(t, x));  // there is no -1
-    const V code = t + whole;
-    unless_at_most(unsure, magnitude(t - (code - whole)), middle);
-    return bits_of(code);
+    const V rounded = t + whole;
+    unless_at_most(unsure, magnitude(t - (rounded - whole)), middle);
+    return bits_of(rounded);
   }
 };
 #else
@@ -214,15 +228,18 @@ struct Decoder {
   explicit Decoder(const DynamicCode &c) : value(c.value) {}
   V operator()(const uint8_t *codes) const { return pick(value, codes); }
 };
+
+template <bool SIGNED>
+struct Encoder {
+  const DynamicCode &code;
+  explicit Encoder(const DynamicCode &c) : code(c) {}
+};
 #endif
 
 // The nearest codes to `count` numbers, a multiple of 32: take(i, x, floor) gives numbers i to i + N and their least magnitudes.
 // Magnitudes are at most 1 (give or take a rounding) or not finite; floors are 0 for a 0, 2^-24 at least for other numbers.
 template <bool SIGNED, class Take>
-static inline void encode(const DynamicCode &c, int64_t count, uint8_t *out, Take &&take) {
-#if defined(__AVX2__)
-  const Encoder<SIGNED> encoder(c);
-#endif
+static inline void encode(const Encoder<SIGNED> &encoder, int64_t count, uint8_t *out, Take &&take) {
   for (int64_t i = 0; i < count; i += 32) {
     V x, floor;
 #if defined(__AVX2__)
@@ -239,7 +256,7 @@ static inline void encode(const DynamicCode &c, int64_t count, uint8_t *out, Tak
       float lane[N];
       take(i + j, x, floor);
       store(lane, sized<SIGNED>(x, floor));
-      for (int k = 0; k < N; k++) out[i + j + k] = uint8_t(nearest(c, lane[k]));
+      for (int k = 0; k < N; k++) out[i + j + k] = uint8_t(nearest(encoder.code, lane[k]));
     }
   }
 }

@@ -51,9 +51,9 @@ static void quantize(const Blockwise8 &a) {
           floor = set1(0x1p-24f);
         };
         if (a.code->zero > 0) {
-          encode<true>(*a.code, count, a.q + from, take);
+          encode(Encoder<true>(*a.code), count, a.q + from, take);
         } else {
-          encode<false>(*a.code, count, a.q + from, take);
+          encode(Encoder<false>(*a.code), count, a.q + from, take);
         }
       } else {
         for (int64_t i = from; i < from + count; i++) a.q[i] = uint8_t(nearest(*a.code, to_float(x[i]) / divisor));
