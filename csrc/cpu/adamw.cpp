@@ -106,45 +106,67 @@ struct Codes {
   V below_zero, above_zero;  // magnitudes of the values next to zero
 };
 
-// Groups in a row. While one is updated, the one before is encoded, 32 elements in turn: divisions and square roots leave most of
-// the processor idle.
-template <class P, class G>
-static void groups(const Group<P, G> &first, int64_t count, const Update &update, const Codes &c) {
-  Wide wide[2];
-  for (int64_t k = 0; k <= count; k++) {
-    const int64_t at = k * GROUP, before = at - GROUP;
-    Wide &now = wide[k % 2];
-    const Wide &last = wide[1 - k % 2];
-    V m_most = zero(), v_most = zero();
-    const V m_scale = set1(k < count ? first.m_scale[k] : 0.f), v_scale = set1(k < count ? first.v_scale[k] : 0.f);
-    for (int64_t part = 0; part < GROUP; part += 32) {
-      for (int64_t i = part; i < part + 32 && k < count; i += N) {
-        const V g = load(first.grad + at + i) * update.scale;
-        const V old = first.master == nullptr ? load(first.param + at + i) : load(first.master + at + i);
-        Moved r = update(g, c.decode_m(first.m + at + i) * m_scale, c.decode_v(first.v + at + i) * v_scale, old);
+// Updates group k and encodes the one before it, vector by vector: divisions and square roots alone would leave most of the
+// processor idle.
+template <bool UPDATE, bool ENCODE, class P, class G>
+static inline void group_step(const Group<P, G> &first, int64_t k, const Update &update, const Codes &c, Wide &now,
+                              const Wide &last) {
+  P *param = first.param + k * GROUP;
+  const G *grad = first.grad + k * GROUP;
+  float *master = first.master == nullptr ? nullptr : first.master + k * GROUP;
+  const uint8_t *m_in = first.m + k * GROUP, *v_in = first.v + k * GROUP;
+  uint8_t *m_out = first.m + (k - 1) * GROUP, *v_out = first.v + (k - 1) * GROUP;
+  const V m_scale = UPDATE ? set1(first.m_scale[k]) : zero(), v_scale = UPDATE ? set1(first.v_scale[k]) : zero();
+  V m_most = zero(), v_most = zero();
+  const auto last_m = [&](int64_t i, V &x, V &floor) {
+    x = load(last.m + i) * last.m_factor;
+    floor = where_negative(x, c.below_zero, set1(0x1p-24f));
+  };
+  const auto last_v = [&](int64_t i, V &x, V &floor) {
+    x = load(last.v + i) * last.v_factor;
+    floor = where_positive(x, c.above_zero);
+  };
+  for (int64_t part = 0; part < GROUP; part += 32) {
+    I m_codes[WIDTH], v_codes[WIDTH];
+    Unsure m_unsure = sure(), v_unsure = sure();
+    for (int j = 0; j < WIDTH; j++) {
+      const int64_t i = part + j * N;
+      if (UPDATE) {
+        const V g = load(grad + i) * update.scale, old = master == nullptr ? load(param + i) : load(master + i);
+        Moved r = update(g, c.decode_m(m_in + i) * m_scale, c.decode_v(v_in + i) * v_scale, old);
         r = {where_finite(g, r.m, zero()), where_finite(g, r.v, zero()), where_finite(g, r.p, old)};
         m_most = max(magnitude(r.m), m_most);
         v_most = max(r.v, v_most);
         store(now.m + i, r.m);
         store(now.v + i, r.v);
-        if (first.master != nullptr) store(first.master + at + i, r.p);
-        store(first.param + at + i, r.p);
+        if (master != nullptr) store(master + i, r.p);
+        store(param + i, r.p);
       }
-      if (k == 0) continue;
-      encode(c.encode_m, 32, first.m + before + part, [&](int64_t i, V &x, V &floor) {
-        x = load(last.m + part + i) * last.m_factor;
-        floor = where_negative(x, c.below_zero, set1(0x1p-24f));
-      });
-      encode(c.encode_v, 32, first.v + before + part, [&](int64_t i, V &x, V &floor) {
-        x = load(last.v + part + i) * last.v_factor;
-        floor = where_positive(x, c.above_zero);
-      });
+      if (ENCODE) {
+        V x, floor;
+        last_m(i, x, floor);
+        m_codes[j] = c.encode_m(x, floor, m_unsure);
+        last_v(i, x, floor);
+        v_codes[j] = c.encode_v(x, floor, v_unsure);
+      }
     }
-    if (k == count) break;
-    const float m_max = max(m_most), v_max = max(v_most);
-    first.m_scale[k] = m_max, first.v_scale[k] = v_max;
-    now.m_factor = set1(1.f / (m_max < 1e-38f ? 1e-38f : m_max)), now.v_factor = set1(1.f / (v_max < 1e-38f ? 1e-38f : v_max));
+    if (!ENCODE) continue;
+    put_codes(c.encode_m, m_codes, m_unsure, m_out + part, [&](int i, V &x, V &floor) { last_m(part + i, x, floor); });
+    put_codes(c.encode_v, v_codes, v_unsure, v_out + part, [&](int i, V &x, V &floor) { last_v(part + i, x, floor); });
   }
+  if (!UPDATE) return;
+  const float m_max = max(m_most), v_max = max(v_most);
+  first.m_scale[k] = m_max, first.v_scale[k] = v_max;
+  now.m_factor = set1(1.f / (m_max < 1e-38f ? 1e-38f : m_max)), now.v_factor = set1(1.f / (v_max < 1e-38f ? 1e-38f : v_max));
+}
+
+template <class P, class G>
+static void groups(const Group<P, G> &first, int64_t count, const Update &update, const Codes &codes) {
+  if (count == 0) return;
+  Wide wide[2];
+  group_step<true, false>(first, 0, update, codes, wide[0], wide[1]);
+  for (int64_t k = 1; k < count; k++) group_step<true, true>(first, k, update, codes, wide[k % 2], wide[1 - k % 2]);
+  group_step<false, true>(first, count, update, codes, wide[count % 2], wide[1 - count % 2]);
 }
 
 template <class P, class G>

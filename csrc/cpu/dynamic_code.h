@@ -150,6 +150,13 @@ static inline void put_bytes(uint8_t *out, const I *codes) {
   _mm256_storeu_si256(reinterpret_cast<__m256i *>(out), bytes);
 }
 #else
+struct I {
+  uint8_t code[N];
+};
+struct Unsure {};
+static inline Unsure sure() { return {}; }
+static inline bool any(Unsure) { return false; }
+static inline void put_bytes(uint8_t *out, const I *codes) { std::memcpy(out, codes, 32); }
 static inline V magnitude(V x) {
   for (int i = 0; i < N; i++) x.v[i] = std::fabs(x.v[i]);
   return x;
@@ -176,6 +183,8 @@ static inline V pick(const float *table, const uint8_t *codes) {
   return out;
 }
 #endif
+
+constexpr int WIDTH = 32 / N;  // vectors that are encoded together
 
 template <bool SIGNED>
 static inline V sized(V x, V floor) {
@@ -211,9 +220,9 @@ struct Encoder {
         border(eight(c.border)) {}
   I operator()(V x, V floor, Unsure &unsure) const {
     const V size = max(floor, SIGNED ? magnitude(x) : x);
-    const I bits = bits_of(size);
-    I kind = look_up_bytes(kinds, shift_right<24>(bits));
-    kind = one_more_above(kind, SIGNED ? plus(bits, shift_right<31>(bits_of(x))) : bits, look_up(border, kind));  // a tie goes down
+    const I key = SIGNED ? plus(bits_of(size), shift_right<31>(bits_of(x))) : bits_of(size);  // a tie goes down
+    I kind = look_up_bytes(kinds, shift_right<24>(bits_of(size)));
+    kind = one_more_above(kind, key, look_up(border, kind));
     V t = min(look_up(highest, kind), fma(size, look_up(per_code, kind), look_up(at_zero, kind)));
     if (SIGNED) t = max(set1(-127.f), flip(t, x));  // there is no -1
     const V rounded = t + whole;
@@ -233,31 +242,41 @@ template <bool SIGNED>
 struct Encoder {
   const DynamicCode &code;
   explicit Encoder(const DynamicCode &c) : code(c) {}
+  I operator()(V x, V floor, Unsure &) const {
+    I codes;
+    x = sized<SIGNED>(x, floor);
+    for (int i = 0; i < N; i++) codes.code[i] = uint8_t(nearest(code, x.v[i]));
+    return codes;
+  }
 };
 #endif
 
-// The nearest codes to `count` numbers, a multiple of 32: take(i, x, floor) gives numbers i to i + N and their least magnitudes.
-// Magnitudes are at most 1 (give or take a rounding) or not finite; floors are 0 for a 0, 2^-24 at least for other numbers.
+// Writes 32 codes; where a lane is unsure, those of take(i, x, floor), which gives numbers i to i + N and their least magnitudes.
+template <bool SIGNED, class Take>
+static inline void put_codes(const Encoder<SIGNED> &encoder, const I (&codes)[WIDTH], Unsure unsure, uint8_t *out, Take &&take) {
+  put_bytes(out, codes);
+  if (!any(unsure)) return;
+  for (int i = 0; i < 32; i += N) {
+    V x, floor;
+    take(i, x, floor);
+    float lane[N];
+    store(lane, sized<SIGNED>(x, floor));
+    for (int k = 0; k < N; k++) out[i + k] = uint8_t(nearest(encoder.code, lane[k]));
+  }
+}
+
+// The nearest codes to `count` numbers, a multiple of 32.
 template <bool SIGNED, class Take>
 static inline void encode(const Encoder<SIGNED> &encoder, int64_t count, uint8_t *out, Take &&take) {
   for (int64_t i = 0; i < count; i += 32) {
-    V x, floor;
-#if defined(__AVX2__)
-    I codes[32 / N];
+    I codes[WIDTH];
     Unsure unsure = sure();
-    for (int j = 0; j < 32 / N; j++) {
+    for (int j = 0; j < WIDTH; j++) {
+      V x, floor;
       take(i + j * N, x, floor);
       codes[j] = encoder(x, floor, unsure);
     }
-    put_bytes(out + i, codes);
-    if (!any(unsure)) continue;
-#endif
-    for (int j = 0; j < 32; j += N) {
-      float lane[N];
-      take(i + j, x, floor);
-      store(lane, sized<SIGNED>(x, floor));
-      for (int k = 0; k < N; k++) out[i + j + k] = uint8_t(nearest(encoder.code, lane[k]));
-    }
+    put_codes(encoder, codes, unsure, out + i, [&](int j, V &x, V &floor) { take(i + j, x, floor); });
   }
 }
 
