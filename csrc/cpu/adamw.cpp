@@ -99,11 +99,9 @@ struct Wide {
 };
 
 struct Codes {
-  Decoder<true> decode_m;
-  Decoder<false> decode_v;
-  Encoder<true> encode_m;
-  Encoder<false> encode_v;
-  V below_zero, above_zero;  // magnitudes of the values next to zero
+  const DynamicCode &m, &v;
+  Encoder<true, true> encode_m;
+  Encoder<false, true> encode_v;
 };
 
 // Updates group k and encodes the one before it, vector by vector: divisions and square roots alone would leave most of the
@@ -116,24 +114,18 @@ static inline void group_step(const Group<P, G> &first, int64_t k, const Update 
   float *master = first.master == nullptr ? nullptr : first.master + k * GROUP;
   const uint8_t *m_in = first.m + k * GROUP, *v_in = first.v + k * GROUP;
   uint8_t *m_out = first.m + (k - 1) * GROUP, *v_out = first.v + (k - 1) * GROUP;
-  const V m_scale = UPDATE ? set1(first.m_scale[k]) : zero(), v_scale = UPDATE ? set1(first.v_scale[k]) : zero();
+  const Decoder<true> decode_m(c.m, UPDATE ? first.m_scale[k] : 0.f);
+  const Decoder<false> decode_v(c.v, UPDATE ? first.v_scale[k] : 0.f);
   V m_most = zero(), v_most = zero();
-  const auto last_m = [&](int64_t i, V &x, V &floor) {
-    x = load(last.m + i) * last.m_factor;
-    floor = where_negative(x, c.below_zero, set1(0x1p-24f));
-  };
-  const auto last_v = [&](int64_t i, V &x, V &floor) {
-    x = load(last.v + i) * last.v_factor;
-    floor = where_positive(x, c.above_zero);
-  };
+  const auto last_m = [&](int64_t i) { return load(last.m + i) * last.m_factor; };
+  const auto last_v = [&](int64_t i) { return load(last.v + i) * last.v_factor; };
   for (int64_t part = 0; part < GROUP; part += 32) {
-    I m_codes[WIDTH], v_codes[WIDTH];
-    Unsure m_unsure = sure(), v_unsure = sure();
-    for (int j = 0; j < WIDTH; j++) {
+    Encoded m_codes, v_codes;
+    for (int j = 0; j < 32 / N; j++) {
       const int64_t i = part + j * N;
       if (UPDATE) {
         const V g = load(grad + i) * update.scale, old = master == nullptr ? load(param + i) : load(master + i);
-        Moved r = update(g, c.decode_m(m_in + i) * m_scale, c.decode_v(v_in + i) * v_scale, old);
+        Moved r = update(g, decode_m(m_in + i), decode_v(v_in + i), old);
         r = {where_finite(g, r.m, zero()), where_finite(g, r.v, zero()), where_finite(g, r.p, old)};
         m_most = max(magnitude(r.m), m_most);
         v_most = max(r.v, v_most);
@@ -143,16 +135,13 @@ static inline void group_step(const Group<P, G> &first, int64_t k, const Update 
         store(param + i, r.p);
       }
       if (ENCODE) {
-        V x, floor;
-        last_m(i, x, floor);
-        m_codes[j] = c.encode_m(x, floor, m_unsure);
-        last_v(i, x, floor);
-        v_codes[j] = c.encode_v(x, floor, v_unsure);
+        c.encode_m(last_m(i), j, m_codes);
+        c.encode_v(last_v(i), j, v_codes);
       }
     }
     if (!ENCODE) continue;
-    put_codes(c.encode_m, m_codes, m_unsure, m_out + part, [&](int i, V &x, V &floor) { last_m(part + i, x, floor); });
-    put_codes(c.encode_v, v_codes, v_unsure, v_out + part, [&](int i, V &x, V &floor) { last_v(part + i, x, floor); });
+    c.encode_m.put(m_codes, m_out + part, [&](int64_t i) { return last_m(part + i); });
+    c.encode_v.put(v_codes, v_out + part, [&](int64_t i) { return last_v(part + i); });
   }
   if (!UPDATE) return;
   const float m_max = max(m_most), v_max = max(v_most);
@@ -173,8 +162,7 @@ template <class P, class G>
 static void step8(const AdamW8 &a) {
   const AdamW &s = a.step;
   const Update update(s);
-  const Codes codes{Decoder<true>(*a.m_code),  Decoder<false>(*a.v_code),   Encoder<true>(*a.m_code),
-                    Encoder<false>(*a.v_code), set1(-a.m_code->value[126]), set1(a.v_code->value[1])};
+  const Codes codes{*a.m_code, *a.v_code, Encoder<true, true>(*a.m_code), Encoder<false, true>(*a.v_code)};
   parallel_for(blocks(s.size), [&](int64_t task, int) {
     const int64_t from = task * BLOCK, size = s.size - from < BLOCK ? s.size - from : BLOCK, rest = size % GROUP;
     const auto group = [&](int64_t i) {

@@ -24,10 +24,11 @@ struct DynamicCode {
   uint8_t first[2 * CELLS + 4];  // midpoints below the cell; cells of negative numbers follow those of positive ones
   int32_t zero;                  // the code of 0
   // What vectors take. Codes count from that of zero. Class 0: zero and the first decade; 1 to 6: the others; 7: one.
-  uint8_t kind[16];                           // by the low four bits of (bits >> 24): the class at the lower end of those binades
-  int32_t border[8];                          // bits of the midpoint between a class and the next
-  float per_code[8], at_zero[8], highest[8];  // magnitude * per_code + at_zero rounds to the code, which is `highest` at most
-  float size_of_code[8], size_at_zero[8];     // the way back, by exponent: decode()
+  uint8_t kind[16];                        // by the low four bits of (bits >> 24): the class at the lower end of those binades
+  int32_t border[8];                       // bits of the midpoint between a class and the next
+  float per_code[8], at_zero[8];           // magnitude * per_code + at_zero, rounded down and ...
+  uint8_t highest[16];                     // ... not above this (twice the same eight), is the code
+  float size_of_code[8], size_at_zero[8];  // the way back, by exponent: decode()
   // What a GPU takes, by class of the magnitude: 0 for zero, then the seven decades.
   int32_t begins[8];           // bits of the midpoint before class 1 .. 7, and of the last midpoint, before 1.0
   float inverse[8], shift[8];  // magnitude * inverse + shift: 0 at the lower midpoint of the class, 1 at the next ...
@@ -53,24 +54,21 @@ static inline int nearest(const DynamicCode &c, float x) {
   return below + (x > c.midpoint[below]);
 }
 
-// sized(x, floor): x with a magnitude of `floor` at least. NaN stays NaN: max returns its second operand then.
-// where_negative(x, a, b): a where x has its sign bit set, else b; where_finite likewise. where_positive(x, a): a where x > 0, else
-// 0. pick: the values of the next N codes. Decoder: the same to a relative error of 4e-7, without reading tables. Encoder: the
-// codes of x, if no lane of `unsure` is set. A code's byte is the lowest of its lane.
+// where_finite(x, a, b): a where x is finite, else b.
+// pick: the values of the next N codes. Decoder: the same to a relative error of 4e-7, without reading tables.
+// Encoder: the nearest codes to 32 numbers, taken N at a time into Encoded and then put. Magnitudes are at most 1, give or take a
+// rounding; a NaN has no payload. KEEP: a negative number does not become the code of zero (nor a positive one without signs).
 //
-// NOTES: AVX2's gathers are slower than single loads on AMD's cores (Zen 3: 30 cycles for 8 lanes).
+// NOTES: AVX2's gathers are slower than single loads on AMD's cores (Zen 3: 30 cycles for 8 lanes). What bounds an encoder there is
+// the number of instructions, vpermps (three of them, in effect) above all; so what can be done to 32 bytes at once is.
+#if defined(__AVX2__)
 #if defined(__AVX512F__)
 typedef __m512i I;
-typedef __mmask16 Unsure;
 static inline I bits_of(V x) { return _mm512_castps_si512(x.v); }
 static inline V magnitude(V x) { return {_mm512_abs_ps(x.v)}; }
 static inline V flip(V x, V by) {  // x, or -x where `by` has its sign bit set
   const I sign = _mm512_and_si512(bits_of(by), _mm512_set1_epi32(INT32_MIN));
   return {_mm512_castsi512_ps(_mm512_xor_si512(bits_of(x), sign))};
-}
-static inline V where_negative(V x, V a, V b) { return {_mm512_mask_blend_ps(_mm512_movepi32_mask(bits_of(x)), b.v, a.v)}; }
-static inline V where_positive(V x, V a) {
-  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_GT_OQ), a.v)};
 }
 static inline V where_finite(V x, V a, V b) {
   const __m512 none = _mm512_mul_ps(x.v, _mm512_setzero_ps());
@@ -92,27 +90,26 @@ template <int BY>
 static inline I shift_right(I a) {
   return _mm512_srli_epi32(a, BY);
 }
-static inline I plus(I a, I b) { return _mm512_add_epi32(a, b); }
+static inline I ints(int32_t x) { return _mm512_set1_epi32(x); }
+static inline I both(I a, I b) { return _mm512_and_si512(a, b); }
+static inline I smaller(I a, I b) { return _mm512_min_epu32(a, b); }
 static inline I one_more_above(I a, I x, I border) {  // a + 1 where x > border
   return _mm512_mask_add_epi32(a, _mm512_cmpgt_epi32_mask(x, border), a, _mm512_set1_epi32(1));
 }
+static inline bool any_zero(I a) { return _mm512_cmpeq_epi32_mask(a, _mm512_setzero_si512()) != 0; }
 static inline V floats_of(const uint8_t *p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))))};
 }
-static inline Unsure sure() { return 0; }
-static inline void unless_at_most(Unsure &unsure, V x, V limit) { unsure |= _mm512_cmp_ps_mask(x.v, limit.v, _CMP_NLE_UQ); }
-static inline bool any(Unsure unsure) { return unsure != 0; }
-static inline void put_bytes(uint8_t *out, const I *codes) {
-  for (int j = 0; j < 2; j++) _mm_storeu_si128(reinterpret_cast<__m128i *>(out) + j, _mm512_cvtepi32_epi8(codes[j]));
-}
-#elif defined(__AVX2__)
+static inline __m256i joined(__m128i a, __m128i b) { return _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1); }
+// The lowest bytes of 32 lanes; lanes as signed bytes, with saturation. in_order: bytes in the order of their lanes.
+static inline __m256i low_bytes(const I *a) { return joined(_mm512_cvtepi32_epi8(a[0]), _mm512_cvtepi32_epi8(a[1])); }
+static inline __m256i signed_bytes(const I *a) { return joined(_mm512_cvtsepi32_epi8(a[0]), _mm512_cvtsepi32_epi8(a[1])); }
+static inline __m256i in_order(__m256i bytes) { return bytes; }
+#else
 typedef __m256i I;
-typedef __m256 Unsure;
 static inline I bits_of(V x) { return _mm256_castps_si256(x.v); }
 static inline V magnitude(V x) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.f), x.v)}; }
 static inline V flip(V x, V by) { return {_mm256_xor_ps(x.v, _mm256_and_ps(by.v, _mm256_set1_ps(-0.f)))}; }
-static inline V where_negative(V x, V a, V b) { return {_mm256_blendv_ps(b.v, a.v, x.v)}; }
-static inline V where_positive(V x, V a) { return {_mm256_and_ps(_mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_GT_OQ), a.v)}; }
 static inline V where_finite(V x, V a, V b) {
   const __m256 none = _mm256_mul_ps(x.v, _mm256_setzero_ps());
   return {_mm256_blendv_ps(b.v, a.v, _mm256_cmp_ps(none, none, _CMP_ORD_Q))};
@@ -132,45 +129,84 @@ template <int BY>
 static inline I shift_right(I a) {
   return _mm256_srli_epi32(a, BY);
 }
-static inline I plus(I a, I b) { return _mm256_add_epi32(a, b); }
+static inline I ints(int32_t x) { return _mm256_set1_epi32(x); }
+static inline I both(I a, I b) { return _mm256_and_si256(a, b); }
+static inline I smaller(I a, I b) { return _mm256_min_epu32(a, b); }
 static inline I one_more_above(I a, I x, I border) { return _mm256_sub_epi32(a, _mm256_cmpgt_epi32(x, border)); }
+static inline bool any_zero(I a) { return _mm256_movemask_epi8(_mm256_cmpeq_epi32(a, _mm256_setzero_si256())) != 0; }
 static inline V floats_of(const uint8_t *p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))))};
 }
-static inline Unsure sure() { return _mm256_setzero_ps(); }
-static inline void unless_at_most(Unsure &unsure, V x, V limit) {
-  unsure = _mm256_or_ps(unsure, _mm256_cmp_ps(x.v, limit.v, _CMP_NLE_UQ));
-}
-static inline bool any(Unsure unsure) { return _mm256_movemask_ps(unsure) != 0; }
-static inline void put_bytes(uint8_t *out, const I *codes) {
+static inline __m256i low_bytes(const I *a) {
   const I low = _mm256_set1_epi32(255);
-  const I a = _mm256_packus_epi32(_mm256_and_si256(codes[0], low), _mm256_and_si256(codes[1], low));
-  const I b = _mm256_packus_epi32(_mm256_and_si256(codes[2], low), _mm256_and_si256(codes[3], low));
-  const I bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(a, b), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-  _mm256_storeu_si256(reinterpret_cast<__m256i *>(out), bytes);
+  return _mm256_packus_epi16(_mm256_packus_epi32(_mm256_and_si256(a[0], low), _mm256_and_si256(a[1], low)),
+                             _mm256_packus_epi32(_mm256_and_si256(a[2], low), _mm256_and_si256(a[3], low)));
 }
-#else
-struct I {
-  uint8_t code[N];
+static inline __m256i signed_bytes(const I *a) {
+  return _mm256_packs_epi16(_mm256_packs_epi32(a[0], a[1]), _mm256_packs_epi32(a[2], a[3]));
+}
+static inline __m256i in_order(__m256i bytes) {
+  return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+#endif
+
+template <bool SIGNED>
+struct Decoder {
+  V size_of_code, size_at_zero;
+  Decoder(const DynamicCode &c, float scale)
+      : size_of_code(eight(c.size_of_code) * set1(scale)), size_at_zero(eight(c.size_at_zero) * set1(scale)) {}
+  V operator()(const uint8_t *codes) const {
+    const V n = SIGNED ? fma(floats_of(codes), set1(2.f), set1(-254.f)) : floats_of(codes) + set1(1.f);
+    const I kind = shift_right<23>(bits_of(n));
+    const V from = look_up(size_at_zero, kind);
+    return fma(n, look_up(size_of_code, kind), SIGNED ? flip(from, n) : from);
+  }
 };
-struct Unsure {};
-static inline Unsure sure() { return {}; }
-static inline bool any(Unsure) { return false; }
-static inline void put_bytes(uint8_t *out, const I *codes) { std::memcpy(out, codes, 32); }
+
+struct Encoded {
+  I index[32 / N], kind[32 / N], x[32 / N], fraction = ints(-1);
+};
+
+template <bool SIGNED, bool KEEP>
+struct Encoder {
+  const DynamicCode &code;
+  V per_code, at_zero;
+  I border, kinds;
+  explicit Encoder(const DynamicCode &c)
+      : code(c), per_code(eight(c.per_code)), at_zero(eight(c.at_zero)), border(eight(c.border)), kinds(sixteen_bytes(c.kind)) {}
+
+  void operator()(V x, int j, Encoded &to) const {
+    const V size = max(set1(0x1p-24f), SIGNED ? magnitude(x) : x);  // NaN stays
+    I kind = look_up_bytes(kinds, shift_right<24>(bits_of(size)));
+    kind = one_more_above(kind, bits_of(size), look_up(border, kind));
+    const V t = fma(size, look_up(per_code, kind), look_up(at_zero, kind));
+    // 1.5 * 2^12 added to a number leaves it in the lower bits, 11 of them below the point. Those are zero close to a midpoint and
+    // for NaN, and for a magnitude that is a border, of which the tie rule makes one thing or the other.
+    const I fixed = bits_of(t + set1(6144.f));
+    to.fraction = smaller(to.fraction, both(fixed, ints(2047)));
+    to.index[j] = shift_right<11>(fixed);
+    to.kind[j] = kind;
+    if (SIGNED || KEEP) to.x[j] = bits_of(x);
+  }
+
+  // take(i): numbers i to i + N again.
+  template <class Take>
+  void put(const Encoded &from, uint8_t *out, Take &&take) const {
+    const __m256i highest = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(code.highest)));
+    const __m256i one = _mm256_set1_epi8(1), zero_code = _mm256_set1_epi8(127);
+    __m256i index = _mm256_min_epu8(low_bytes(from.index), _mm256_shuffle_epi8(highest, low_bytes(from.kind)));
+    if (SIGNED) {
+      const __m256i below = _mm256_subs_epu8(zero_code, KEEP ? _mm256_max_epu8(index, one) : index);  // down from 0: there is no -1
+      index = _mm256_blendv_epi8(_mm256_add_epi8(zero_code, index), below, signed_bytes(from.x));
+    } else if (KEEP) {
+      index = _mm256_max_epu8(index, _mm256_min_epu8(signed_bytes(from.x), one));
+    }
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(out), in_order(index));
+    if (any_zero(from.fraction)) one_by_one(out, take);
+  }
+#else
 static inline V magnitude(V x) {
   for (int i = 0; i < N; i++) x.v[i] = std::fabs(x.v[i]);
-  return x;
-}
-static inline V flip(V x, V by) {
-  for (int i = 0; i < N; i++) x.v[i] = std::signbit(by.v[i]) ? -x.v[i] : x.v[i];
-  return x;
-}
-static inline V where_negative(V x, V a, V b) {
-  for (int i = 0; i < N; i++) x.v[i] = std::signbit(x.v[i]) ? a.v[i] : b.v[i];
-  return x;
-}
-static inline V where_positive(V x, V a) {
-  for (int i = 0; i < N; i++) x.v[i] = x.v[i] > 0.f ? a.v[i] : 0.f;
   return x;
 }
 static inline V where_finite(V x, V a, V b) {
@@ -182,101 +218,48 @@ static inline V pick(const float *table, const uint8_t *codes) {
   for (int i = 0; i < N; i++) out.v[i] = table[codes[i]];
   return out;
 }
-#endif
 
-constexpr int WIDTH = 32 / N;  // vectors that are encoded together
-
-template <bool SIGNED>
-static inline V sized(V x, V floor) {
-  return SIGNED ? flip(max(floor, magnitude(x)), x) : max(floor, x);
-}
-
-#if defined(__AVX2__)
-template <bool SIGNED>
-struct Decoder {
-  V size_of_code, size_at_zero;
-  explicit Decoder(const DynamicCode &c) : size_of_code(eight(c.size_of_code)), size_at_zero(eight(c.size_at_zero)) {}
-  V operator()(const uint8_t *codes) const {
-    const V n = SIGNED ? fma(floats_of(codes), set1(2.f), set1(-254.f)) : floats_of(codes) + set1(1.f);
-    const I kind = shift_right<23>(bits_of(n));
-    const V from = look_up(size_at_zero, kind);
-    return fma(n, look_up(size_of_code, kind), SIGNED ? flip(from, n) : from);
-  }
-};
-
-template <bool SIGNED>
-struct Encoder {
-  const DynamicCode &code;
-  V per_code, at_zero, highest, whole, middle;
-  I kinds, border;
-  explicit Encoder(const DynamicCode &c)
-      : code(c),
-        per_code(eight(c.per_code)),
-        at_zero(eight(c.at_zero)),
-        highest(eight(c.highest)),
-        whole(set1(12582912.f + float(c.zero))),  // 1.5 * 2^23: added to a number, its lowest bits are the nearest integer
-        middle(set1(0.5f - 1.f / 4096)),
-        kinds(sixteen_bytes(c.kind)),
-        border(eight(c.border)) {}
-  I operator()(V x, V floor, Unsure &unsure) const {
-    const V size = max(floor, SIGNED ? magnitude(x) : x);
-    const I key = SIGNED ? plus(bits_of(size), shift_right<31>(bits_of(x))) : bits_of(size);  // a tie goes down
-    I kind = look_up_bytes(kinds, shift_right<24>(bits_of(size)));
-    kind = one_more_above(kind, key, look_up(border, kind));
-    V t = min(look_up(highest, kind), fma(size, look_up(per_code, kind), look_up(at_zero, kind)));
-    if (SIGNED) t = max(set1(-127.f), flip(t, x));  // there is no -1
-    const V rounded = t + whole;
-    unless_at_most(unsure, magnitude(t - (rounded - whole)), middle);
-    return bits_of(rounded);
-  }
-};
-#else
 template <bool SIGNED>
 struct Decoder {
   const float *value;
-  explicit Decoder(const DynamicCode &c) : value(c.value) {}
-  V operator()(const uint8_t *codes) const { return pick(value, codes); }
+  V scale;
+  Decoder(const DynamicCode &c, float s) : value(c.value), scale(set1(s)) {}
+  V operator()(const uint8_t *codes) const { return pick(value, codes) * scale; }
 };
 
-template <bool SIGNED>
+struct Encoded {};
+
+template <bool SIGNED, bool KEEP>
 struct Encoder {
   const DynamicCode &code;
   explicit Encoder(const DynamicCode &c) : code(c) {}
-  I operator()(V x, V floor, Unsure &) const {
-    I codes;
-    x = sized<SIGNED>(x, floor);
-    for (int i = 0; i < N; i++) codes.code[i] = uint8_t(nearest(code, x.v[i]));
-    return codes;
+  void operator()(V, int, Encoded &) const {}
+  template <class Take>
+  void put(const Encoded &, uint8_t *out, Take &&take) const {
+    one_by_one(out, take);
+  }
+#endif
+  template <class Take>
+  void one_by_one(uint8_t *out, Take &&take) const {
+    for (int i = 0; i < 32; i += N) {
+      float x[N];
+      store(x, take(i));
+      for (int k = 0; k < N; k++) {
+        const int found = nearest(code, x[k]);
+        const bool lost = KEEP && found == code.zero && (SIGNED ? std::signbit(x[k]) : x[k] > 0.f);
+        out[i + k] = uint8_t(!lost ? found : SIGNED ? found - 1 : found + 1);
+      }
+    }
   }
 };
-#endif
 
-// Writes 32 codes; where a lane is unsure, those of take(i, x, floor), which gives numbers i to i + N and their least magnitudes.
-template <bool SIGNED, class Take>
-static inline void put_codes(const Encoder<SIGNED> &encoder, const I (&codes)[WIDTH], Unsure unsure, uint8_t *out, Take &&take) {
-  put_bytes(out, codes);
-  if (!any(unsure)) return;
-  for (int i = 0; i < 32; i += N) {
-    V x, floor;
-    take(i, x, floor);
-    float lane[N];
-    store(lane, sized<SIGNED>(x, floor));
-    for (int k = 0; k < N; k++) out[i + k] = uint8_t(nearest(encoder.code, lane[k]));
-  }
-}
-
-// The nearest codes to `count` numbers, a multiple of 32.
-template <bool SIGNED, class Take>
-static inline void encode(const Encoder<SIGNED> &encoder, int64_t count, uint8_t *out, Take &&take) {
+// The nearest codes to `count` numbers, a multiple of 32: take(i) gives numbers i to i + N.
+template <class Encoder, class Take>
+static inline void encode(const Encoder &encoder, int64_t count, uint8_t *out, Take &&take) {
   for (int64_t i = 0; i < count; i += 32) {
-    I codes[WIDTH];
-    Unsure unsure = sure();
-    for (int j = 0; j < WIDTH; j++) {
-      V x, floor;
-      take(i + j * N, x, floor);
-      codes[j] = encoder(x, floor, unsure);
-    }
-    put_codes(encoder, codes, unsure, out + i, [&](int j, V &x, V &floor) { take(i + j, x, floor); });
+    Encoded codes;
+    for (int j = 0; j < 32 / N; j++) encoder(take(i + j * N), j, codes);
+    encoder.put(codes, out + i, [&](int64_t k) { return take(i + k); });
   }
 }
 

@@ -46,14 +46,14 @@ static void quantize(const Blockwise8 &a) {
       const float most = magnitude(x + from, count), divisor = most < 1e-38f ? 1e-38f : most, factor = 1.f / divisor;
       a.absmax[from >> a.shift] = whole ? most : divisor;
       if (whole) {
-        const auto take = [&](int64_t i, V &at, V &floor) {
-          at = load(x + from + i) * set1(factor);
-          floor = set1(0x1p-24f);
+        const auto take = [&](int64_t i) {
+          const V at = load(x + from + i) * set1(factor);
+          return where_finite(at, at, set1(__builtin_nanf("")));  // a NaN without a payload
         };
         if (a.code->zero > 0) {
-          encode(Encoder<true>(*a.code), count, a.q + from, take);
+          encode(Encoder<true, false>(*a.code), count, a.q + from, take);
         } else {
-          encode(Encoder<false>(*a.code), count, a.q + from, take);
+          encode(Encoder<false, false>(*a.code), count, a.q + from, take);
         }
       } else {
         for (int64_t i = from; i < from + count; i++) a.q[i] = uint8_t(nearest(*a.code, to_float(x[i]) / divisor));
@@ -178,23 +178,23 @@ static void fill_classes(DynamicCode &c) {
     const int count = first << d, last = code + count - 1;
     const double step = count == 1 ? c.value[code] : (double(c.value[last]) - c.value[code]) / (count - 1);
     c.border[d] = bits_of(c.midpoint[last]);
-    c.highest[d] = float(last - c.zero) + 0.25f;
+    c.highest[d] = c.highest[d + 8] = uint8_t(last - c.zero);
     c.per_code[d] = float(1 / step);
-    c.at_zero[d] = float(code - c.zero - c.value[code] / step);
+    c.at_zero[d] = float(code - c.zero - c.value[code] / step + 0.5);
     c.size_of_code[d] = float(has_signs ? step / 2 : step);
     c.size_at_zero[d] = float(c.value[code] - step * (has_signs ? code - c.zero : code + 1));
   }
-  // Class 0 has zero too, so its line goes through its midpoints. Where there are signs the upper one is the border, and below that
-  // the line may not cross 3/2.
-  c.per_code[0] = (has_signs ? 0.7f : 1.f) / (c.midpoint[c.zero + 1] - c.midpoint[c.zero]);
-  c.at_zero[0] = 0.5f - c.midpoint[c.zero] * c.per_code[0];
+  // Class 0 has zero too, so its line goes through its midpoints; where there are signs the second is the border, and like the
+  // other borders lies two codes above the highest midpoint.
+  c.per_code[0] = (has_signs ? 2.f : 1.f) / (c.midpoint[c.zero + 1] - c.midpoint[c.zero]);
+  c.at_zero[0] = 1.f - c.midpoint[c.zero] * c.per_code[0];
   if (has_signs) {
     c.size_of_code[7] = 0.f, c.size_at_zero[7] = 1.f;
   } else {  // zero, which is counted 1, and one, which is counted 256
     c.size_of_code[7] = 1.f / 255, c.size_at_zero[7] = -c.size_of_code[7];
   }
   c.border[7] = INT32_MAX;
-  c.per_code[7] = 0.f, c.at_zero[7] = c.highest[7] = float(255 - c.zero);
+  c.per_code[7] = 0.f, c.at_zero[7] = float(255 - c.zero) + 0.5f, c.highest[7] = c.highest[15] = uint8_t(255 - c.zero);
   for (int i = 3; i < 16; i++) {
     while (c.border[c.kind[i]] < (0x30 | i) << 24) c.kind[i]++;
   }
