@@ -84,7 +84,7 @@ struct Update {
   }
 };
 
-// GROUP elements, and their moments between the update and the encoding.
+// GROUP elements.
 template <class P, class G>
 struct Group {
   P *param;
@@ -93,69 +93,40 @@ struct Group {
   uint8_t *m, *v;
   float *m_scale, *v_scale;
 };
-struct Wide {
-  alignas(64) float m[GROUP], v[GROUP];
-  V m_factor, v_factor;
-};
-
 struct Codes {
   const DynamicCode &m, &v;
   Encoder<true, true> encode_m;
   Encoder<false, true> encode_v;
 };
 
-// Updates group k and encodes the one before it, vector by vector: divisions and square roots alone would leave most of the
-// processor idle.
-template <bool UPDATE, bool ENCODE, class P, class G>
-static inline void group_step(const Group<P, G> &first, int64_t k, const Update &update, const Codes &c, Wide &now,
-                              const Wide &last) {
-  P *param = first.param + k * GROUP;
-  const G *grad = first.grad + k * GROUP;
-  float *master = first.master == nullptr ? nullptr : first.master + k * GROUP;
-  const uint8_t *m_in = first.m + k * GROUP, *v_in = first.v + k * GROUP;
-  uint8_t *m_out = first.m + (k - 1) * GROUP, *v_out = first.v + (k - 1) * GROUP;
-  const Decoder<true> decode_m(c.m, UPDATE ? first.m_scale[k] : 0.f);
-  const Decoder<false> decode_v(c.v, UPDATE ? first.v_scale[k] : 0.f);
-  V m_most = zero(), v_most = zero();
-  const auto last_m = [&](int64_t i) { return load(last.m + i) * last.m_factor; };
-  const auto last_v = [&](int64_t i) { return load(last.v + i) * last.v_factor; };
-  for (int64_t part = 0; part < GROUP; part += 32) {
-    Encoded m_codes, v_codes;
-    for (int j = 0; j < 32 / N; j++) {
-      const int64_t i = part + j * N;
-      if (UPDATE) {
-        const V g = load(grad + i) * update.scale, old = master == nullptr ? load(param + i) : load(master + i);
-        Moved r = update(g, decode_m(m_in + i), decode_v(v_in + i), old);
-        r = {where_finite(g, r.m, zero()), where_finite(g, r.v, zero()), where_finite(g, r.p, old)};
-        m_most = max(magnitude(r.m), m_most);
-        v_most = max(r.v, v_most);
-        store(now.m + i, r.m);
-        store(now.v + i, r.v);
-        if (master != nullptr) store(master + i, r.p);
-        store(param + i, r.p);
-      }
-      if (ENCODE) {
-        c.encode_m(last_m(i), j, m_codes);
-        c.encode_v(last_v(i), j, v_codes);
-      }
-    }
-    if (!ENCODE) continue;
-    c.encode_m.put(m_codes, m_out + part, [&](int64_t i) { return last_m(part + i); });
-    c.encode_v.put(v_codes, v_out + part, [&](int64_t i) { return last_v(part + i); });
-  }
-  if (!UPDATE) return;
-  const float m_max = max(m_most), v_max = max(v_most);
-  first.m_scale[k] = m_max, first.v_scale[k] = v_max;
-  now.m_factor = set1(1.f / (m_max < 1e-38f ? 1e-38f : m_max)), now.v_factor = set1(1.f / (v_max < 1e-38f ? 1e-38f : v_max));
-}
-
 template <class P, class G>
-static void groups(const Group<P, G> &first, int64_t count, const Update &update, const Codes &codes) {
-  if (count == 0) return;
-  Wide wide[2];
-  group_step<true, false>(first, 0, update, codes, wide[0], wide[1]);
-  for (int64_t k = 1; k < count; k++) group_step<true, true>(first, k, update, codes, wide[k % 2], wide[1 - k % 2]);
-  group_step<false, true>(first, count, update, codes, wide[count % 2], wide[1 - count % 2]);
+static void groups(const Group<P, G> &first, int64_t count, const Update &update, const Codes &c) {
+  alignas(64) float m[GROUP], v[GROUP];
+  for (int64_t k = 0; k < count; k++) {
+    P *param = first.param + k * GROUP;
+    const G *grad = first.grad + k * GROUP;
+    float *master = first.master == nullptr ? nullptr : first.master + k * GROUP;
+    uint8_t *m_codes = first.m + k * GROUP, *v_codes = first.v + k * GROUP;
+    const Decoder<true> decode_m(c.m, first.m_scale[k]);
+    const Decoder<false> decode_v(c.v, first.v_scale[k]);
+    V m_most = zero(), v_most = zero();
+    for (int64_t i = 0; i < GROUP; i += N) {
+      const V g = load(grad + i) * update.scale, old = master == nullptr ? load(param + i) : load(master + i);
+      Moved r = update(g, decode_m(m_codes + i), decode_v(v_codes + i), old);
+      r = {where_finite(g, r.m, zero()), where_finite(g, r.v, zero()), where_finite(g, r.p, old)};
+      m_most = max(magnitude(r.m), m_most);
+      v_most = max(r.v, v_most);
+      store(m + i, r.m);
+      store(v + i, r.v);
+      if (master != nullptr) store(master + i, r.p);
+      store(param + i, r.p);
+    }
+    const float m_max = max(m_most), v_max = max(v_most);
+    first.m_scale[k] = m_max, first.v_scale[k] = v_max;
+    const V m_factor = set1(1.f / (m_max < 1e-38f ? 1e-38f : m_max)), v_factor = set1(1.f / (v_max < 1e-38f ? 1e-38f : v_max));
+    encode(c.encode_m, GROUP, m_codes, [&](int64_t i) { return load(m + i) * m_factor; });
+    encode(c.encode_v, GROUP, v_codes, [&](int64_t i) { return load(v + i) * v_factor; });
+  }
 }
 
 template <class P, class G>

@@ -101,8 +101,9 @@ static inline V floats_of(const uint8_t *p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))))};
 }
 static inline __m256i joined(__m128i a, __m128i b) { return _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1); }
-// The lowest bytes of 32 lanes; lanes as signed bytes, with saturation. in_order: bytes in the order of their lanes.
+// The lowest bytes of 32 lanes; of lanes below 256; lanes as signed bytes, with saturation. in_order: bytes in the order of their lanes.
 static inline __m256i low_bytes(const I *a) { return joined(_mm512_cvtepi32_epi8(a[0]), _mm512_cvtepi32_epi8(a[1])); }
+static inline __m256i small_bytes(const I *a) { return low_bytes(a); }
 static inline __m256i signed_bytes(const I *a) { return joined(_mm512_cvtsepi32_epi8(a[0]), _mm512_cvtsepi32_epi8(a[1])); }
 static inline __m256i in_order(__m256i bytes) { return bytes; }
 #else
@@ -137,10 +138,12 @@ static inline bool any_zero(I a) { return _mm256_movemask_epi8(_mm256_cmpeq_epi3
 static inline V floats_of(const uint8_t *p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))))};
 }
+static inline __m256i small_bytes(const I *a) {
+  return _mm256_packus_epi16(_mm256_packus_epi32(a[0], a[1]), _mm256_packus_epi32(a[2], a[3]));
+}
 static inline __m256i low_bytes(const I *a) {
-  const I low = _mm256_set1_epi32(255);
-  return _mm256_packus_epi16(_mm256_packus_epi32(_mm256_and_si256(a[0], low), _mm256_and_si256(a[1], low)),
-                             _mm256_packus_epi32(_mm256_and_si256(a[2], low), _mm256_and_si256(a[3], low)));
+  const I low[] = {both(a[0], ints(255)), both(a[1], ints(255)), both(a[2], ints(255)), both(a[3], ints(255))};
+  return small_bytes(low);
 }
 static inline __m256i signed_bytes(const I *a) {
   return _mm256_packs_epi16(_mm256_packs_epi32(a[0], a[1]), _mm256_packs_epi32(a[2], a[3]));
@@ -194,7 +197,7 @@ struct Encoder {
   void put(const Encoded &from, uint8_t *out, Take &&take) const {
     const __m256i highest = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(code.highest)));
     const __m256i one = _mm256_set1_epi8(1), zero_code = _mm256_set1_epi8(127);
-    __m256i index = _mm256_min_epu8(low_bytes(from.index), _mm256_shuffle_epi8(highest, low_bytes(from.kind)));
+    __m256i index = _mm256_min_epu8(low_bytes(from.index), _mm256_shuffle_epi8(highest, small_bytes(from.kind)));
     if (SIGNED) {
       const __m256i below = _mm256_subs_epu8(zero_code, KEEP ? _mm256_max_epu8(index, one) : index);  // down from 0: there is no -1
       index = _mm256_blendv_epi8(_mm256_add_epi8(zero_code, index), below, signed_bytes(from.x));
