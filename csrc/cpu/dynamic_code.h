@@ -101,7 +101,8 @@ static inline V floats_of(const uint8_t *p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))))};
 }
 static inline __m256i joined(__m128i a, __m128i b) { return _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1); }
-// The lowest bytes of 32 lanes; of lanes below 256; lanes as signed bytes, with saturation. in_order: bytes in the order of their lanes.
+// The lowest bytes of 32 lanes; of lanes below 256; lanes as signed bytes, with saturation. in_order: bytes in the order of their
+// lanes.
 static inline __m256i low_bytes(const I *a) { return joined(_mm512_cvtepi32_epi8(a[0]), _mm512_cvtepi32_epi8(a[1])); }
 static inline __m256i small_bytes(const I *a) { return low_bytes(a); }
 static inline __m256i signed_bytes(const I *a) { return joined(_mm512_cvtsepi32_epi8(a[0]), _mm512_cvtsepi32_epi8(a[1])); }
