@@ -209,6 +209,7 @@ static inline __m512i broadcast_i32x4(__m128i a) {
 static inline __m512i broadcast_i32x8(__m256i a) {
   return ints([&](int i) { return at<int32_t>(a, i % 8); });
 }
+static inline __m512i broadcast_i64x4(__m256i a) { return broadcast_i32x8(a); }
 static inline __m512i permutexvar_epi32(__m512i index, __m512i a) {
   return ints([&](int i) { return i32(a, i32(index, i) & 15); });
 }
@@ -242,6 +243,7 @@ static inline void mask_storeu_epi16(void *p, __mmask16 k, __m256i a) {
 #define _mm512_broadcast_f32x8 avx512_emulated::broadcast_f32x8
 #define _mm512_broadcast_i32x4 avx512_emulated::broadcast_i32x4
 #define _mm512_broadcast_i32x8 avx512_emulated::broadcast_i32x8
+#define _mm512_broadcast_i64x4 avx512_emulated::broadcast_i64x4
 #define _mm512_castps128_ps512 avx512_emulated::castps128_ps512
 #define _mm512_castps256_ps512 avx512_emulated::castps256_ps512
 #define _mm512_castps_si512 avx512_emulated::castps_si512
