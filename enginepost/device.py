@@ -1,12 +1,12 @@
 """The device of a run: which one it is, and how data comes to it.
 
-A run has one device, and everything in it follows the model: `choose` turns what a recipe says into it, `placed` brings batches there
-from pinned memory without waiting, `fetch` brings many numbers back with one wait. Streams and events are those of torch's module for
-the device (`torch.cuda` for "cuda"), so nothing else in the engine names a vendor.
+A run has one device, and everything in it follows the model: `choose` turns what a recipe says into it, `placed` brings batches
+there from pinned memory without waiting, `fetch` brings many numbers back with one wait. Streams and events are those of torch's
+module for the device (`torch.cuda` for "cuda"), so nothing else in the engine names a vendor.
 
 The same bits in every run, on a GPU too: our kernels have fixed reduction trees; of torch's own operations `deterministic` takes the
-variants that have them, and float32 accumulation for 16-bit products. No GPU has run this: on a machine without one the tests run whole
-trainings on a device of their own that keeps tensors apart and lets copies arrive as late as they may.
+variants that have them, and float32 accumulation for 16-bit products. No GPU has run this: on a machine without one the tests run
+whole trainings on a device of their own that keeps tensors apart and lets copies arrive as late as they may.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ _NAME = re.compile(r"cuda(?::(\d+))?")
 
 
 def choose(name: str, say: Callable[[str], None] | None = None) -> torch.device:
-    """The device that `name` means: "cpu", "cuda", "cuda:1", or "auto", which is the first GPU whose kernels pass their tests, else the
-    CPU; `say` is told which and why. A GPU becomes torch's current one, since kernels run there.
+    """The device that `name` means: "cpu", "cuda", "cuda:1", or "auto", which is the first GPU whose kernels pass their tests,
+    else the CPU; `say` is told which and why. A GPU becomes torch's current one, since kernels run there.
 
     Raises: EnginepostError for another name, a GPU that is not there, a build without CUDA kernels, kernels that fail.
     """
@@ -108,8 +108,8 @@ def deterministic(device: torch.device) -> Iterator[None]:
 
 
 def sent(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device. From host memory it goes through pinned memory, queued behind the work that is there already; the host does not
-    wait."""
+    """x on the device. From host memory it goes through pinned memory, queued behind the work that is there already; the host does
+    not wait."""
     if x.device == device:
         return x
     return x.pin_memory().to(device, non_blocking=True) if x.device.type == "cpu" else x.to(device)
@@ -121,8 +121,8 @@ def tensor(values: Sequence[Any], device: torch.device, dtype: torch.dtype | Non
 
 
 def placed(batch: B, device: torch.device) -> B:
-    """A dataclass with its tensors on the device, as `sent`; those that its `HOST` names stay in host memory, where the loop looks at
-    them without waiting for the device."""
+    """A dataclass with its tensors on the device, as `sent`; those that its `HOST` names stay in host memory, where the loop looks
+    at them without waiting for the device."""
     if device.type == "cpu":
         return batch
     stay = getattr(type(batch), "HOST", ())

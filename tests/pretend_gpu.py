@@ -1,9 +1,9 @@
 """A device for machines without a GPU, on which whole trainings run: its tensors are apart from the CPU's, its copies come late.
 
 A tensor on it is a wrapper around one in host memory, so that numbers are those of the CPU, to the bit. What a GPU would refuse is
-refused: an operation on tensors of two devices, reading one through numpy. Work given to a side stream is done when somebody waits for
-it and not before, as late as a GPU may do it: a copy that nobody waits for leaves what was there, and a staging buffer that is filled
-again too early sends the wrong bytes. Whatever makes the host wait for the device is noted in `waits`.
+refused: an operation on tensors of two devices, reading one through numpy. Work given to a side stream is done when somebody waits
+for it and not before, as late as a GPU may do it: a copy that nobody waits for leaves what was there, and a staging buffer that is
+filled again too early sends the wrong bytes. Whatever makes the host wait for the device is noted in `waits`.
 
 It is torch's PrivateUse1 device, in Python, under the name "pretend".
 """
@@ -210,7 +210,9 @@ def _patched(name: str, before: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         places = {type(x) for x in args if isinstance(x, torch.Tensor)}
         if name == "native" and OnDevice in places and len(places) > 1:
-            raise RuntimeError(f"a kernel is given tensors on two devices: {[tuple(x.shape) for x in args if x is not None]}")
+            raise RuntimeError(
+                f"a kernel is given tensors on two devices: {[tuple(x.shape) for x in args if x is not None]}"
+            )
         return before(*(x.held if isinstance(x, OnDevice) else x for x in args), **kwargs)
 
     return call

@@ -29,7 +29,8 @@ def load(
     """A model directory, ready to use.
 
     Args: path: a Hugging Face model directory; adapter: a PEFT LoRA directory to put on top; dtype: "bfloat16" or "float32";
-        device: "cpu", "cuda", "cuda:1" or "auto" (a GPU whose kernels pass their tests, else the CPU), or a torch device; quantize: "nf4", "nf4-double" or "fp4" for linear layers in 4 bits (a `*-bnb-4bit` model is anyway).
+        device: "cpu", "cuda", "cuda:1" or "auto" (a GPU whose kernels pass their tests, else the CPU), or a torch device;
+        quantize: "nf4", "nf4-double" or "fp4" for linear layers in 4 bits (a `*-bnb-4bit` model is anyway).
     Raises: EnginepostError for a bad path, an unsupported model, an adapter that does not fit.
     """
     if dtype not in DTYPES:

@@ -52,7 +52,8 @@ def next_tokens(logits: Tensor, draws: list[float], *, temperature: float, top_p
 
 
 def _cumulative(p: Tensor) -> Tensor:
-    """p `[S, V]` summed up along its rows. On a GPU the scan of a single row adds in an order that varies; that of several does not."""
+    """p `[S, V]` summed up along its rows. On a GPU the scan of a single row adds in an order that varies; that of several does
+    not."""
     if p.device.type != "cpu" and p.shape[0] == 1:
         return p.expand(2, -1).cumsum(-1)[:1]
     return p.cumsum(-1)

@@ -275,9 +275,10 @@ def _matmul(dtype: torch.dtype, large: bool) -> Case:
     def ours(a: Tensor, b: Tensor, *low: Tensor) -> Results:  # whether or not torch's product is the faster one here
         out = torch.empty(rows, columns, dtype=a.dtype, device=a.device)
         if a.is_cuda and a.dtype == torch.float32:
-            return [matmul.mm(a, b, out, *low)]  # no product of ours
-        a2, b2 = (to_dlpack(t) for t in low) if low else (None, None)
-        core().matmul(to_dlpack(a), to_dlpack(b), a2, b2, to_dlpack(out), False)
+            a2, b2 = low or (None, None)
+            return [matmul.mm(a, b, out, a2, b2)]  # no product of ours
+        updates = [to_dlpack(t) for t in low] if low else [None, None]
+        core().matmul(to_dlpack(a), to_dlpack(b), *updates, to_dlpack(out), False)
         return [out]
 
     def reference(*inputs: Tensor) -> Results:

@@ -3,11 +3,11 @@
     forward    y = block(x), nothing recorded; x is kept
     backward   y' = block(x) once more, recorded; then its gradients: those of its parameters accumulate, that of x goes on
 
-Kept in pinned host memory ("host": copied on a stream of its own, for a GPU; on a CPU x is in host memory already), or rounded to bfloat16 ("bf16": a float32 model keeps half as much, and its gradients are those of the rounded inputs).
-The copies to the host run behind the forward pass; in the backward pass the input of the block before the one at work is on its way
-back, so that two block inputs are on the device at a time.
-torch.utils.checkpoint, which serves where x may stay as it is, has no say in how it keeps it; it stops recomputing at the last
-tensor that is needed, and so takes two or three x less while a block is at work.
+Kept in pinned host memory ("host": copied on a stream of its own, for a GPU; on a CPU x is in host memory already), or rounded to
+bfloat16 ("bf16": a float32 model keeps half as much, and its gradients are those of the rounded inputs). The copies to the host
+run behind the forward pass; in the backward pass the input of the block before the one at work is on its way back, so that two
+block inputs are on the device at a time. torch.utils.checkpoint, which serves where x may stay as it is, has no say in how it
+keeps it; it stops recomputing at the last tensor that is needed, and so takes two or three x less while a block is at work.
 """
 
 import weakref

@@ -167,8 +167,11 @@ class Stream:
         self._blocks, self._layouts, self._fetch, self._device = list(blocks), list(layouts), fetch, device
         nbytes = max(layout.nbytes for layout in layouts)
         gpu = device.type != "cpu"
-        self._api: Any = torch.get_device_module(device) if gpu else None
-        self._copies = self._api.Stream(device) if gpu else None
+        self._api: Any = None
+        self._copies: Any = None
+        if gpu:
+            self._api = torch.get_device_module(device)
+            self._copies = self._api.Stream(device)
 
         def slot() -> _Slot:
             staging = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) if gpu and staged else None

@@ -14,8 +14,8 @@ from enginepost.kernels.attention import attention
 
 
 class Copies:
-    """`index` int64 [N], in host memory, into rows of a stream on `device`, and the rounds in which gradients go back: in each, no row
-    twice."""
+    """`index` int64 [N], in host memory, into rows of a stream on `device`, and the rounds in which gradients go back: in each, no
+    row twice."""
 
     def __init__(self, index: Tensor, device: torch.device) -> None:
         self.index = sent(index, device)
@@ -55,8 +55,8 @@ def take(x: Tensor, copies: Copies) -> Tensor:
 class SharedPrompts:
     """Where `Transformer.hidden` takes a cache: keys and values of the stream, those of shared prompts repeated.
 
-    keys int64 [Tk], in host memory: the row of the stream that each key is of; cu_seqlens_k int32 [S+1], on the device. It keeps nothing, so that gradients flow
-    through it and activations may be recomputed.
+    keys int64 [Tk], in host memory: the row of the stream that each key is of; cu_seqlens_k int32 [S+1], on the device. It keeps
+    nothing, so that gradients flow through it and activations may be recomputed.
     """
 
     keeps = False

@@ -238,8 +238,8 @@ class Transformer(nn.Module):
         """Hidden states after the final norm, ready for the head.
 
         Args: ids int64 `[T]`; cu_seqlens int32 `[S+1]`; positions int64 `[T]`; cache: of earlier tokens (no gradients).
-        Returns: `[T, H]` in the model's dtype. Raises EnginepostError for an id outside the vocabulary; of ids on a GPU `check` tells,
-        before they are sent there.
+        Returns: `[T, H]` in the model's dtype. Raises EnginepostError for an id outside the vocabulary; of ids on a GPU `check`
+        tells, before they are sent there.
         """
         if ids.device.type == "cpu":  # to look at ids on a GPU would wait for it
             self.check(ids)

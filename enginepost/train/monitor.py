@@ -1,9 +1,9 @@
 """What a person sees of a run, and what is kept of it: progress, `metrics.jsonl`, TensorBoard, advice on spikes.
 
 Each line of `metrics.jsonl` is one JSON object with names that TRL users know: step, epoch, loss, entropy, grad_norm, learning_rate,
-num_tokens, tokens_per_second, eval_loss; and memory_gb (resident memory of the process; on a GPU the most that its tensors have taken,
-and host_memory_gb beside it), elapsed_seconds (of this process, since its first step began). Tokens are real ones: there is no padding
-to count.
+num_tokens, tokens_per_second, eval_loss; and memory_gb (resident memory of the process; on a GPU the most that its tensors have
+taken, and host_memory_gb beside it), elapsed_seconds (of this process, since its first step began). Tokens are real ones: there is
+no padding to count.
 """
 
 import json

@@ -47,7 +47,8 @@ def log_ratio(logprob: Tensor, old_logprob: Tensor, lengths: Tensor, level: Leve
 
 
 class _Spread(torch.autograd.Function):
-    """x `[S]` at every token of its completion, `[N]`. (The gradient of repeat_interleave would be added up in any order on a GPU.)"""
+    """x `[S]` at every token of its completion, `[N]`. (The gradient of repeat_interleave would be added up in any order on a
+    GPU.)"""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lengths: Tensor, tokens: int) -> Tensor:
