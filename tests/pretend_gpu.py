@@ -23,6 +23,7 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 NAME = "pretend"
 aten = torch.ops.aten
 waits: list[str] = []  # names of the operations that made the host wait
+caps: list[float] = []  # shares of its memory that a process was held to
 
 # Their results have a size that only the device knows.
 _SIZED = (aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.repeat_interleave.Tensor)
@@ -86,6 +87,15 @@ class _Module(_DummyBackendModule):
 
     def max_memory_allocated(self, device: Any = None) -> int:
         return 1
+
+    def mem_get_info(self, device: Any = None) -> tuple[int, int]:
+        return 7 << 30, 8 << 30
+
+    def get_device_name(self, device: Any = None) -> str:
+        return "NVIDIA GeForce RTX 4060"
+
+    def set_per_process_memory_fraction(self, fraction: float, device: Any = None) -> None:
+        caps.append(fraction)
 
 
 _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import random
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,12 @@ import pytest
 import torch
 from whole_runs import interrupt_after, metrics
 
-from enginepost.train import loop
+import enginepost
+from enginepost.device import choose
+from enginepost.errors import EnginepostError
+from enginepost.recipe import load_recipe
+from enginepost.score import score
+from enginepost.train import budget, loop
 from enginepost.train.loop import Interrupted, train
 
 WORDS = "the quick brown fox jumps over a lazy dog what is six times seven forty two".split()
@@ -191,3 +197,87 @@ def test_a_step_waits_for_the_device_twice(recipe: MakeRecipe, tmp_path: pathlib
             counts.append(len(pretend_gpu.waits))
     assert counts[1] - counts[0] == counts[3] - counts[2], pretend_gpu.waits
     assert (counts[1] - counts[0]) / 4 <= 3, pretend_gpu.waits
+
+
+def test_memory_is_chosen_for_the_card_and_held_to(
+    recipe: MakeRecipe, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pretend_gpu.present():
+        train(recipe(device="cuda", memory="4GB"))
+    assert pretend_gpu.caps.pop() == pytest.approx((4e9 - 0.6e9) / 2**33)
+    said = re.search(r"memory: checkpointing=false weights=resident: ([\d.]+) of 4.00 GB", capsys.readouterr().out)
+    assert said is not None and 0.6 <= float(said[1]) < 0.7  # the context of a GPU's process, and next to nothing
+
+
+def test_out_of_memory_is_the_plan_for_the_card(recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(loop, "optimizer_step", fail)
+    with (
+        pretend_gpu.present(),
+        pytest.raises(
+            budget.OutOfMemory, match=r"(?s)^out of memory on NVIDIA GeForce RTX 4060: the run needs 0\.6. GB"
+        ),
+    ):
+        train(recipe(device="cuda"))
+
+
+def test_a_model_on_the_device_answers_as_on_the_cpu(tiny_model_dir: pathlib.Path) -> None:
+    """Greedy and drawn, several prompts and one; log-probabilities; ids that the model does not have."""
+    texts = ["the quick brown", "what is six times seven?", "a"]
+
+    def answers(device: torch.device) -> list[Any]:
+        model = enginepost.load(tiny_model_dir, dtype="float32", device=device)
+        drawn = {"temperature": 0.9, "top_p": 0.8, "top_k": 50, "seed": 3}
+        found: list[Any] = [
+            model.generate(texts, max_new_tokens=9),
+            model.generate(texts[:1], max_new_tokens=9, **drawn),
+        ]
+        found += [model.generate(texts, max_new_tokens=9, **drawn), model.logits([5, 6, 7]).cpu().tolist()]
+        found += [x.cpu().tolist() for x in model.logprobs([[5, 6, 7, 8], [9, 10]])]
+        with pytest.raises(EnginepostError, match="token id 100000 at position 1 of the batch"):
+            model.logprobs([5, 100_000])
+        with pytest.raises(EnginepostError, match="token id 100000"):
+            model.generate([[5, 100_000]], max_new_tokens=2)
+        return found
+
+    with pretend_gpu.present():
+        there = answers(pretend_gpu.DEVICE)
+    assert there == answers(torch.device("cpu"))
+
+
+def test_scores_on_the_device(recipe: MakeRecipe, tmp_path: pathlib.Path) -> None:
+    """A reward model, a process reward model, and a reward model that judges roll-outs."""
+    for kind, method in (("pairs", "reward"), ("steps", "prm")):
+        data = answers(tmp_path, kind)
+        run = train(
+            recipe(method=method, data=data, lora=None, max_steps=1, device="cpu", output=str(tmp_path / method))
+        )
+        here = score(f"{run}/model", data, dtype=torch.float32)
+        with pretend_gpu.present():
+            there = score(f"{run}/model", data, dtype=torch.float32, device=pretend_gpu.DEVICE)
+        assert there == here
+    prompts = written(tmp_path / "prompts.jsonl", [{"prompt": word} for word in WORDS])
+    keys = {"method": "rloo", "rewards": [{"model": str(tmp_path / "reward" / "model")}], "rollout_prompts": 2}
+    own = {"num_generations": 2, "max_completion_length": 5, "max_length": 64}
+    base = {k: v for k, v in recipe().items() if k != "gradient_accumulation"}
+    both(lambda **given: {**base, "data": prompts, **own, **given}, tmp_path, **keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("gpu", "expected auto, cpu, cuda or cuda:1"), ("cuda:x", "expected auto, cpu, cuda or cuda:1")],
+)
+def test_names_that_are_no_device(recipe: MakeRecipe, name: str, words: str) -> None:
+    with pytest.raises(EnginepostError, match=f"device: {words}"):
+        load_recipe(recipe(device=name))
+    with pytest.raises(EnginepostError, match=words):
+        choose(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
+def test_a_gpu_that_is_not_there_is_said(tiny_model_dir: pathlib.Path) -> None:
+    with pytest.raises(EnginepostError, match=r"device cuda:1: this torch is built without CUDA|torch finds no GPU"):
+        enginepost.load(tiny_model_dir, device="cuda:1")
+    assert choose("auto") == torch.device("cpu")
