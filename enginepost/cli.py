@@ -22,6 +22,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Look at training data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(merge_app)  # without a name: its verbs are ours
+DEVICE = typer.Option(help="cpu, cuda, cuda:1, or auto: a GPU whose kernels pass their tests, else the CPU.")
 
 
 @app.command(
@@ -146,12 +147,13 @@ def generate(
         str | None,
         typer.Option(help="nf4, nf4-double or fp4: linear layers in 4 bits."),
     ] = None,
+    device: Annotated[str, DEVICE] = "auto",
 ) -> None:
     """Let a model answer a prompt (in its chat template if it has one) or continue it (--raw)."""
     import enginepost
 
     texts = [sys.stdin.read() if p == "-" else p for p in prompt]
-    language_model = enginepost.load(model, adapter=adapter, dtype=dtype, quantize=quantize)
+    language_model = enginepost.load(model, adapter=adapter, dtype=dtype, device=device, quantize=quantize)
     chat = language_model.tokenizer.chat_template is not None and not raw
     if system is not None and not chat:
         raise EnginepostError("--system needs a chat template: this model has none, or --raw was given")
@@ -250,6 +252,7 @@ def score(
     template: Annotated[str | None, typer.Option(help="A chat template by name, or a file.")] = None,
     max_length: Annotated[int, typer.Option(min=2, help="Most tokens of a row.")] = 4096,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    device: Annotated[str, DEVICE] = "auto",
 ) -> None:
     """Score answers with a reward model, packed; of pairs also say how often the chosen answer wins."""
     import json
@@ -257,12 +260,13 @@ def score(
 
     import torch
 
+    from enginepost.device import choose
     from enginepost.score import score
 
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
     if dtype not in dtypes:
         raise EnginepostError(f"--dtype {dtype}: expected bfloat16 or float32")
-    found = score(model, paths, template=template, max_length=max_length, dtype=dtypes[dtype])
+    found = score(model, paths, template=template, max_length=max_length, dtype=dtypes[dtype], device=choose(device))
     lines = "".join(json.dumps(row) + "\n" for row in found.rows)
     if out is None:
         typer.echo(lines, nl=False)
@@ -281,7 +285,7 @@ def score(
 def kernels(
     bench: Annotated[bool, typer.Option("--bench", help="Time every family beside plain PyTorch instead.")] = False,
 ) -> None:
-    """List the kernel families and test them against their references, with every instruction set of this machine."""
+    """List the kernel families and test them against their references, with every instruction set of this machine and on its GPU."""
     import torch
     from rich.console import Console
     from rich.table import Table
@@ -309,11 +313,19 @@ def kernels(
                 )  # fmt: skip
         Console(highlight=False, width=max(console.width, 150)).print(table)
         return
-    verdicts = list(selftest.run())
-    table = Table("family", *info["isas"], "what it computes", box=None, pad_edge=False)
+    verdicts, places = list(selftest.run()), list(info["isas"])
+    if torch.cuda.is_available():
+        gpu = torch.device("cuda", torch.cuda.current_device())
+        console.print(
+            f"{gpu}: {torch.cuda.get_device_name(gpu)}" + ("" if info["cuda"] else ", no kernels for it in this build")
+        )
+        if info["cuda"]:
+            places.append(str(gpu))
+            verdicts += selftest.run_on(gpu)
+    table = Table("family", *places, "what it computes", box=None, pad_edge=False)
     for family, does in selftest.DOES.items():
         cells = []
-        for isa in info["isas"]:
+        for isa in places:
             bad = [v for v in verdicts if (v.family, v.isa) == (family, isa) and not v.passed]
             cells.append(f"[red]FAILED {', '.join(v.dtype for v in bad)}[/red]" if bad else "[green]ok[/green]")
         table.add_row(family, *cells, does)

@@ -79,6 +79,12 @@ def _memory(value: Any) -> Any:
     raise ValueError("expected auto, or an amount of memory such as 12GB")
 
 
+def _device(value: str) -> str:
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is None:
+        raise ValueError("expected auto, cpu, cuda or cuda:1")
+    return value
+
+
 def _text(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
@@ -145,6 +151,7 @@ class Recipe(_Strict):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     clip: Annotated[float, Field(gt=0)] | None = 1.0  # largest global gradient norm; null = no clipping
     # model
+    device: Annotated[str, AfterValidator(_device)] = "auto"  # auto: a GPU whose kernels pass their tests, else the CPU
     dtype: Literal["bf16", "fp32"] = "bf16"
     lora: Lora | None = Lora()  # null = full fine-tuning
     quantize: Literal["nf4", "nf4-double", "fp4"] | None = None  # the frozen weights in 4 bits (QLoRA)
@@ -201,9 +208,10 @@ def recipe_class(method: Any) -> type[Recipe]:
     return found
 
 
-# What a resumed run may change: none of these alters a weight.
+# What a resumed run may change: none of these alters a weight, but for the device, where the loop says so.
 FREE_ON_RESUME = {
     "output",
+    "device",
     "save_every",
     "keep_last",
     "log_every",

@@ -14,6 +14,7 @@ import torch
 from enginepost.data import Sequence, Tokenizer, collate, plan_batches, prepare
 from enginepost.data.files import DataError, Paths, find, read
 from enginepost.data.preferences import prepare_preferences
+from enginepost.device import placed, sent
 from enginepost.errors import EnginepostError
 from enginepost.model.scorer import load_scorer
 
@@ -36,14 +37,15 @@ def score(
     max_length: int = 4096,
     dtype: torch.dtype = torch.bfloat16,
     separator: str = "\n",
+    device: torch.device | str = "cpu",
 ) -> Scores:
     """Score every row of `paths`.
 
     Args: model: a classification checkpoint or the adapter of one; template as in `prepare`; max_length tokens of a row; separator
-    ends a step, for process reward models.
+    ends a step, for process reward models; device: a torch device.
     Raises: EnginepostError for another kind of model, rows that cannot be read or are longer than max_length.
     """
-    scorer = load_scorer(os.fspath(model), dtype)
+    scorer = load_scorer(os.fspath(model), dtype, device)
     tokenizer = Tokenizer.load(scorer.tokenizer)
     vocab_size = scorer.model.spec.vocab_size
     if scorer.kind == "token":
@@ -91,11 +93,13 @@ def _steps(scorer: Any, sequences: list[Sequence], classes: Any) -> Scores:
     starts = np.concatenate([[0], np.cumsum(lengths)])
     right = total = 0
     for members in plan_batches(lengths, batch_size=1, max_length=max(8192, *lengths)):
-        batch = collate([sequences[i] for i in members])
+        host = collate([sequences[i] for i in members])
+        batch = placed(host, scorer.model.device)
         ends = [np.flatnonzero(sequences[i].labels) for i in members]
-        at = np.concatenate([e + int(b) for e, b in zip(ends, batch.cu_seqlens, strict=False)])
-        logits = scorer.token_scores(batch.ids, batch.cu_seqlens, batch.positions, torch.from_numpy(at))
-        each = torch.softmax(logits.double(), dim=1)[:, 1].split([len(e) for e in ends])
+        at = np.concatenate([e + int(b) for e, b in zip(ends, host.cu_seqlens, strict=False)])
+        rows = sent(torch.from_numpy(at), scorer.model.device)
+        logits = scorer.token_scores(batch.ids, batch.cu_seqlens, batch.positions, rows)
+        each = torch.softmax(logits.double(), dim=1)[:, 1].cpu().split([len(e) for e in ends])
         for i, end, p in zip(members, ends, each, strict=True):
             entries[i] = {"row": sequences[i].place, "steps": p.tolist()}
             right += int(((p.numpy() > 0.5) == (classes[starts[i] + end] == 1)).sum())

@@ -31,6 +31,8 @@ class AnswerBatch:
     keys int64 [Tk] and cu_seqlens_k int32 [S+1] where prompts are shared, else None. members: indices of the records.
     """
 
+    HOST = ("predict", "keys", "last")  # indices that are looked at before they go to a device
+
     ids: "Tensor"
     positions: "Tensor"
     cu_seqlens: "Tensor"

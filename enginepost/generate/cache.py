@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from enginepost.device import sent
 from enginepost.kernels.attention import paged_attention
 from enginepost.model.transformer import Transformer
 
@@ -108,7 +109,7 @@ class KVCache:
                 layer[own, :filled] = layer[shared, :filled]
 
     def _tensor(self, x: np.ndarray) -> Tensor:
-        return torch.tensor(x, device=self.device)
+        return sent(torch.from_numpy(x.copy()), self.device)
 
 
 def token_bytes(model: Transformer) -> int:

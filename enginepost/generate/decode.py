@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from enginepost.device import tensor
 from enginepost.errors import EnginepostError
 from enginepost.generate.cache import KVCache, token_bytes
 from enginepost.generate.sampling import check_sampling, next_tokens, uniform
@@ -179,9 +180,10 @@ def _forward(model: Transformer, due: list[tuple[int, _Running]], cache: KVCache
         counts[s] = r.due
     cu_seqlens, positions = cache.extend(counts)
     ids = [i for _, r in due for i in r.ids[-r.due :]]
-    hidden = model.hidden(torch.tensor(ids, device=cache.device), cu_seqlens, positions, cache)
+    hidden = model.hidden(tensor(ids, cache.device), cu_seqlens, positions, cache)
     if len(ids) > len(due):
-        hidden = hidden[torch.tensor([int(cu_seqlens[s + 1]) - 1 for s, _ in due], device=hidden.device)]
+        ends = np.cumsum(counts)
+        hidden = hidden[tensor([int(ends[s]) - 1 for s, _ in due], cache.device)]
     return dict(zip([s for s, _ in due], model.logits(hidden), strict=True))
 
 
@@ -223,6 +225,9 @@ def _forget_where_rope_switches(model: Transformer, active: list[tuple[int, _Run
 
 def _check_prompts(model: Transformer, prompts: Sequence[Sequence[int]]) -> None:
     spec = model.spec
+    if model.device.type != "cpu":
+        for prompt in prompts:
+            model.check(torch.tensor(prompt, dtype=torch.int64))
     stretches = any(rope.kind == "dynamic" for rope in spec.ropes)
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from enginepost.data import Tokenizer, render
+from enginepost.device import choose, sent
 from enginepost.errors import EnginepostError
 from enginepost.generate.decode import generate
 from enginepost.kernels.linear_logprob import linear_logprob
@@ -22,13 +23,14 @@ Messages = list[dict[str, Any]]
 
 
 def load(
-    path: str | Path, adapter: str | Path | None = None, dtype: str = "bfloat16", device: str = "cpu",
+    path: str | Path, adapter: str | Path | None = None, dtype: str = "bfloat16", device: torch.device | str = "cpu",
     quantize: str | None = None,
 ) -> "LanguageModel":  # fmt: skip
     """A model directory, ready to use.
 
     Args: path: a Hugging Face model directory; adapter: a PEFT LoRA directory to put on top; dtype: "bfloat16" or "float32";
-        device: a torch device; quantize: "nf4", "nf4-double" or "fp4" for linear layers in 4 bits (a `*-bnb-4bit` model is anyway).
+        device: "cpu", "cuda", "cuda:1" or "auto" (a GPU whose kernels pass their tests, else the CPU), or a torch device;
+        quantize: "nf4", "nf4-double" or "fp4" for linear layers in 4 bits (a `*-bnb-4bit` model is anyway).
     Raises: EnginepostError for a bad path, an unsupported model, an adapter that does not fit.
     """
     if dtype not in DTYPES:
@@ -36,8 +38,9 @@ def load(
     # An adapter may have a tokenizer beside it: that of its training, chat template included.
     beside = adapter is not None and (Path(adapter) / "tokenizer_config.json").exists()
     tokenizer = adapter if adapter is not None and beside else path
+    where = device if isinstance(device, torch.device) else choose(device)
     return LanguageModel(
-        load_model(path, dtype=DTYPES[dtype], device=device, adapter=adapter, quantize=quantize), tokenizer
+        load_model(path, dtype=DTYPES[dtype], device=where, adapter=adapter, quantize=quantize), tokenizer
     )
 
 
@@ -77,18 +80,17 @@ class LanguageModel:
         targets = torch.cat([torch.cat([s[1:], skip[: len(s)]]) for s in sequences])
         model = self.model
         hidden = self._hidden(sequences)
-        logprob = linear_logprob(hidden, model.head_table, targets.to(hidden.device), softcap=model.spec.final_softcap)[
-            0
-        ]
+        logprob = linear_logprob(
+            hidden, model.head_table, sent(targets, model.device), softcap=model.spec.final_softcap
+        )[0]
         return [part[:-1] for part in logprob.split([len(s) for s in sequences])]
 
     def _hidden(self, sequences: list[Tensor]) -> Tensor:
-        device = self.model.device
+        device, ids = self.model.device, torch.cat(sequences)
+        self.model.check(ids)
         starts = torch.tensor([0, *(len(s) for s in sequences)]).cumsum(0)
         positions = torch.cat([torch.arange(len(s)) for s in sequences])
-        return self.model.hidden(
-            torch.cat(sequences).to(device), starts.to(torch.int32).to(device), positions.to(device)
-        )  # fmt: skip
+        return self.model.hidden(sent(ids, device), sent(starts.to(torch.int32), device), sent(positions, device))
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of raw text, with the beginning-of-text token in front where the tokenizer's model expects one."""
@@ -142,7 +144,7 @@ class LanguageModel:
 
 
 def _flat(ids: Sequence[int] | Tensor) -> Tensor:
-    flat = torch.as_tensor(ids, dtype=torch.int64)
+    flat = torch.as_tensor(ids, dtype=torch.int64).cpu()
     if flat.dim() != 1:
         raise EnginepostError(f"expected token ids of one sequence, [T], got shape {list(flat.shape)}")
     return flat

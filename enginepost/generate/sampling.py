@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from enginepost.device import tensor
 from enginepost.errors import EnginepostError
 
 
@@ -42,9 +43,17 @@ def next_tokens(logits: Tensor, draws: list[float], *, temperature: float, top_p
     if top_p < 1:
         if ids is None:
             p, ids = p.sort(dim=-1, descending=True)
-        before = p.cumsum(-1) - p
+        before = _cumulative(p) - p
         p = torch.where(before < top_p, p, 0.0)
-    total = p.double().cumsum(-1)
-    u = torch.tensor(draws, dtype=torch.float64, device=p.device).unsqueeze(1)
+    total = _cumulative(p.double())
+    u = tensor(draws, p.device, torch.float64).unsqueeze(1)
     place = torch.searchsorted(total, u * total[:, -1:], right=True)
     return (place if ids is None else ids.gather(1, place)).squeeze(1)
+
+
+def _cumulative(p: Tensor) -> Tensor:
+    """p `[S, V]` summed up along its rows. On a GPU the scan of a single row adds in an order that varies; that of several does
+    not."""
+    if p.device.type != "cpu" and p.shape[0] == 1:
+        return p.expand(2, -1).cumsum(-1)[:1]
+    return p.cumsum(-1)

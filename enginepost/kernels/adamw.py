@@ -40,7 +40,8 @@ class Moment8:
     signed: bool
 
     def float(self) -> Tensor:
-        return dequantize_blockwise(self.codes, self.scale, dynamic_code(self.signed), blocksize=BLOCK8)
+        code = dynamic_code(self.signed).to(self.codes.device)
+        return dequantize_blockwise(self.codes, self.scale, code, blocksize=BLOCK8)
 
     @property
     def shape(self) -> torch.Size:
@@ -108,7 +109,7 @@ def _encode(moment: Moment8, value: Tensor) -> None:
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % BLOCK8)).view(-1, BLOCK8)
     moment.scale.copy_(blocks.abs().amax(dim=1) if len(blocks) else moment.scale)
     scaled = blocks * (1.0 / moment.scale.clamp(min=1e-38)).unsqueeze(1)
-    code = dynamic_code(moment.signed)
+    code = dynamic_code(moment.signed).to(value.device)
     if moment.signed:
         scaled = torch.where(torch.signbit(scaled), scaled.clamp(max=code[126].item()), scaled)
     else:

@@ -4,6 +4,7 @@ A result passes when its error is at most twice that of the same maths in plain 
 rule of the test suite, here for whoever installs the package on a machine that the test suite has never seen.
 """
 
+import dataclasses
 import functools
 import math
 import statistics
@@ -68,7 +69,7 @@ def with_gradients(function: Function, leaves: int) -> Callable[..., Results]:
         inputs = tuple(x.detach().requires_grad_() if i < leaves else x for i, x in enumerate(inputs))
         out = function(*inputs)
         results = list(out) if isinstance(out, tuple) else [out]
-        dout = _wave(results[0].shape, results[0].dtype)
+        dout = _wave(results[0].shape, results[0].dtype).to(results[0].device)
         return [*(x.detach() for x in results), *torch.autograd.grad(results[0], inputs[:leaves], dout)]
 
     return call
@@ -91,8 +92,10 @@ def _attention(dtype: torch.dtype, large: bool) -> Case:
     def paged(q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Results:
         """The last sequence once more, its keys in pages that lie in memory backwards: the reference's rows of it."""
         first, page = int(cu[-2]), 5
-        table = torch.arange(-(-(tokens - first) // page), dtype=torch.int32).flip(0).unsqueeze(0)
-        used, starts = (torch.tensor(x, dtype=torch.int32) for x in ([tokens - first], [0, tokens - first]))
+        table = torch.arange(-(-(tokens - first) // page), dtype=torch.int32, device=q.device).flip(0).unsqueeze(0)
+        used, starts = (
+            torch.tensor(x, dtype=torch.int32, device=q.device) for x in ([tokens - first], [0, tokens - first])
+        )
 
         def pages(x: Tensor) -> Tensor:
             filled = torch.cat([x[first:], x.new_zeros(table.numel() * page - (tokens - first), *x.shape[1:])])
@@ -150,8 +153,13 @@ def _nf4(dtype: torch.dtype, large: bool) -> Case:
     rows, width, columns = (64, 1024, 1024) if large else (19, 80, 37)
     weight = nf4.quantize(torch.randn(columns, width) / math.sqrt(width), double=True)
 
+    def moved(device: torch.device) -> nf4.NF4Weight:
+        parts = ("packed", "absmax", "nested_absmax", "nested_code")
+        return dataclasses.replace(weight, **{name: getattr(weight, name).to(device) for name in parts})
+
     def ours(x: Tensor) -> Results:
-        return [nf4.nf4_mm(x, weight, torch.empty(x.shape[0], columns, dtype=x.dtype))]
+        out = torch.empty(x.shape[0], columns, dtype=x.dtype, device=x.device)
+        return [nf4.nf4_mm(x, moved(x.device), out)]
 
     def reference(x: Tensor) -> Results:
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -265,9 +273,12 @@ def _matmul(dtype: torch.dtype, large: bool) -> Case:
     rows, columns, depth, rank = (512, 1024, 1024, 0) if large else (35, 50, 67, 3)
 
     def ours(a: Tensor, b: Tensor, *low: Tensor) -> Results:  # whether or not torch's product is the faster one here
-        out = torch.empty(rows, columns, dtype=a.dtype)
-        a2, b2 = (to_dlpack(t) for t in low) if low else (None, None)
-        core().matmul(to_dlpack(a), to_dlpack(b), a2, b2, to_dlpack(out), False)
+        out = torch.empty(rows, columns, dtype=a.dtype, device=a.device)
+        if a.is_cuda and a.dtype == torch.float32:
+            a2, b2 = low or (None, None)
+            return [matmul.mm(a, b, out, a2, b2)]  # no product of ours
+        updates = [to_dlpack(t) for t in low] if low else [None, None]
+        core().matmul(to_dlpack(a), to_dlpack(b), *updates, to_dlpack(out), False)
         return [out]
 
     def reference(*inputs: Tensor) -> Results:
@@ -295,6 +306,7 @@ CASES = {
     "matmul": _matmul,
 }
 DTYPES = (torch.float32, torch.bfloat16)
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _error(results: Results, exact: Results) -> list[float]:
@@ -304,16 +316,16 @@ def _error(results: Results, exact: Results) -> list[float]:
         if got.shape != want.shape or not torch.isfinite(got).all():
             errors.append(math.inf)
             continue
-        errors.append(((got.double() - want).abs().max() / want.abs().max().clamp(min=1)).item())
+        errors.append(((got.cpu().double() - want).abs().max() / want.abs().max().clamp(min=1)).item())
     return errors
 
 
-def check(family: str, dtype: torch.dtype, isa: str) -> Verdict:
-    """One family with one instruction set, which the caller has chosen (`backend.use_isa`)."""
+def check(family: str, dtype: torch.dtype, isa: str, device: torch.device | None = None) -> Verdict:
+    """One family with one instruction set, which the caller has chosen (`backend.use_isa`), or on a device, whose name `isa` is."""
     torch.manual_seed(0)
     case = CASES[family](dtype, False)
     exact = case.reference(*(x.double() if x.is_floating_point() else x for x in case.inputs))
-    ours = _error(case.ours(*case.inputs), exact)
+    ours = _error(case.ours(*(x if device is None else x.to(device) for x in case.inputs)), exact)
     plain = _error(case.reference(*case.inputs), exact)
     passed = all(mine <= 2 * theirs + 2e-7 for mine, theirs in zip(ours, plain, strict=True))
     return Verdict(family, isa, str(dtype).removeprefix("torch."), max(ours), passed)
@@ -326,6 +338,26 @@ def run() -> Iterator[Verdict]:
             for family in CASES:
                 for dtype in DTYPES:
                     yield check(family, dtype, isa)
+
+
+def run_on(device: torch.device) -> Iterator[Verdict]:
+    """Every family and dtype on a GPU, which is torch's current one. The references are computed on the CPU."""
+    for family in CASES:
+        for dtype in GPU_DTYPES:
+            yield check(family, dtype, str(device), device)
+
+
+def first_failure(device: torch.device) -> str | None:
+    """What fails first on a GPU, None when all passes: seconds, where `run_on` names all of it."""
+    for family in CASES:
+        for dtype in GPU_DTYPES:
+            try:
+                verdict = check(family, dtype, str(device), device)
+            except (RuntimeError, ValueError) as error:
+                return f"{family}, {str(dtype).removeprefix('torch.')}: {error}"
+            if not verdict.passed:
+                return f"{family}, {verdict.dtype}, off by {verdict.error:.2g} of the largest"
+    return None
 
 
 @dataclass(frozen=True)

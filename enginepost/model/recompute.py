@@ -3,12 +3,14 @@
     forward    y = block(x), nothing recorded; x is kept
     backward   y' = block(x) once more, recorded; then its gradients: those of its parameters accumulate, that of x goes on
 
-Kept in pinned host memory ("host": copied on a stream of its own, for a GPU; on a CPU x is in host memory already; no test has run
-it on a GPU), or rounded to bfloat16 ("bf16": a float32 model keeps half as much, and its gradients are those of the rounded inputs).
-torch.utils.checkpoint, which serves where x may stay as it is, has no say in how it keeps it; it stops recomputing at the last
-tensor that is needed, and so takes two or three x less while a block is at work.
+Kept in pinned host memory ("host": copied on a stream of its own, for a GPU; on a CPU x is in host memory already), or rounded to
+bfloat16 ("bf16": a float32 model keeps half as much, and its gradients are those of the rounded inputs). The copies to the host
+run behind the forward pass; in the backward pass the input of the block before the one at work is on its way back, so that two
+block inputs are on the device at a time. torch.utils.checkpoint, which serves where x may stay as it is, has no say in how it
+keeps it; it stops recomputing at the last tensor that is needed, and so takes two or three x less while a block is at work.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -24,7 +26,7 @@ def recompute(run: Callable[[Tensor], Tensor], x: Tensor, trains: bool, keep: Ke
     Args: run: must compute the same when it is called again; x: float `[T, H]`; trains: whether run uses parameters that want
         gradients (those are accumulated in their `.grad`). Returns: a tensor of x's shape.
     """
-    anchor = torch.empty(0, requires_grad=True) if trains and not x.requires_grad else None
+    anchor = torch.empty(0, device=x.device, requires_grad=True) if trains and not x.requires_grad else None
     y: Tensor = _Recompute.apply(x, anchor, run, keep)
     return y
 
@@ -32,17 +34,9 @@ def recompute(run: Callable[[Tensor], Tensor], x: Tensor, trains: bool, keep: Ke
 class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor | None, run: Callable[[Tensor], Tensor], keep: Kept) -> Tensor:
-        ctx.run, ctx.device, ctx.dtype, ctx.copied = run, x.device, x.dtype, None
+        ctx.run, ctx.dtype, ctx.away = run, x.dtype, None
         if keep == "host" and x.device.type != "cpu":
-            kept = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-            copies = _copies(x.device)
-            copies.wait_stream(torch.cuda.current_stream(x.device))
-            with torch.cuda.stream(copies):
-                kept.copy_(x, non_blocking=True)
-                ctx.copied = torch.cuda.Event()
-                ctx.copied.record(copies)
-            x.record_stream(copies)  # its memory is not given away before the copy is done
-            ctx.save_for_backward(kept)
+            ctx.away = _Away(x)
         else:
             ctx.save_for_backward(x.bfloat16() if keep == "bf16" else x)
         with torch.no_grad():
@@ -50,21 +44,58 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
-        (kept,) = ctx.saved_tensors
-        if ctx.copied is not None:
-            torch.cuda.current_stream(ctx.device).wait_event(ctx.copied)
-        x = kept.detach().to(ctx.device, ctx.dtype, non_blocking=True).requires_grad_(ctx.needs_input_grad[0])
+        kept = ctx.saved_tensors[0].detach() if ctx.away is None else ctx.away.back()
+        x = kept.to(ctx.dtype).requires_grad_(ctx.needs_input_grad[0])
         with torch.enable_grad():
             y = ctx.run(x)
         torch.autograd.backward((y,), gradients)
         return x.grad, None, None, None
 
 
-_STREAMS: dict[torch.device, Any] = {}
+class _Away:
+    """A tensor in pinned host memory on its way from the device, and later back. The one that went before it comes back after it."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._device, self._api = x.device, torch.get_device_module(x.device)
+        self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self._here: Tensor | None = None
+        self._arrived: Any = None
+        copies = self._copies()
+        copies.wait_stream(self._api.current_stream(self._device))
+        with self._api.stream(copies):
+            self._host.copy_(x, non_blocking=True)
+        x.record_stream(copies)  # its memory is not given away before the copy is done
+        self._before = _LAST.get(self._device)
+        _LAST[self._device] = weakref.ref(self)
+
+    def back(self) -> Tensor:
+        """The tensor on the device, for the current stream; the one before it is on its way. Once."""
+        self._fetch()
+        before = None if self._before is None else self._before()
+        if before is not None:
+            before._fetch()
+        assert self._here is not None
+        here, self._here = self._here, None
+        current = self._api.current_stream(self._device)
+        current.wait_event(self._arrived)
+        here.record_stream(current)
+        return here
+
+    def _fetch(self) -> None:
+        if self._here is not None or self._arrived is not None:
+            return
+        copies = self._copies()  # behind the copy that brought it away
+        with self._api.stream(copies):
+            self._here = torch.empty(self._host.shape, dtype=self._host.dtype, device=self._device)
+            self._here.copy_(self._host, non_blocking=True)
+            self._arrived = self._api.Event()
+            self._arrived.record(copies)
+
+    def _copies(self) -> Any:
+        if self._device not in _STREAMS:
+            _STREAMS[self._device] = self._api.Stream(self._device)
+        return _STREAMS[self._device]
 
 
-def _copies(device: torch.device) -> Any:
-    """The stream of copies to the host, one a device."""
-    if device not in _STREAMS:
-        _STREAMS[device] = torch.cuda.Stream(device)
-    return _STREAMS[device]
+_STREAMS: dict[torch.device, Any] = {}  # of these copies, one a device
+_LAST: dict[torch.device, "weakref.ref[_Away]"] = {}  # the tensor that went away last

@@ -17,7 +17,8 @@ block computes does not depend on where its weights came from: the losses are th
 Without activation checkpointing a block's operations keep their weights for the backward pass. `Stream.by_reference` makes them
 keep (block, place) instead, and the backward pass enters the block once more.
 
-The GPU half (pinned memory, a side stream, events) is exercised by no test on a machine without one.
+No GPU has run the GPU half (pinned memory, a side stream, events); the tests run it on a device whose copies arrive as late as they
+may.
 """
 
 import contextlib
@@ -66,7 +67,7 @@ def place(
             give(block, layout.views(blob.to(device)))
         blobs.append(blob)
     _close(sources)
-    return Stream(blocks, layouts, lambda i, blob: blobs[i], device, slots) if pinned else None
+    return Stream(blocks, layouts, lambda i, blob: blobs[i], device, slots, staged=False) if pinned else None
 
 
 class StoredTable:
@@ -178,15 +179,20 @@ class Stream:
 
     def __init__(
         self, blocks: Sequence[nn.Module], layouts: Sequence[BlobLayout],
-        fetch: Callable[[int, Tensor], Tensor | None], device: torch.device, slots: int = SLOTS,
+        fetch: Callable[[int, Tensor], Tensor | None], device: torch.device, slots: int = SLOTS, staged: bool = True,
     ) -> None:  # fmt: skip
+        """staged: `fetch` fills what it is given, which for a GPU is pinned host memory beside each slot."""
         self._blocks, self._layouts, self._fetch, self._device = list(blocks), list(layouts), fetch, device
         nbytes = max(layout.nbytes for layout in layouts)
         gpu = device.type != "cpu"
-        self._copies = torch.cuda.Stream(device) if gpu else None
+        self._api: Any = None
+        self._copies: Any = None
+        if gpu:
+            self._api = torch.get_device_module(device)
+            self._copies = self._api.Stream(device)
 
         def slot() -> _Slot:
-            staging = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) if gpu else None
+            staging = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) if gpu and staged else None
             return _Slot(torch.empty(nbytes, dtype=torch.uint8, device=device), staging)
 
         self._slots = [slot() for _ in range(min(slots, len(self._blocks)))]
@@ -197,7 +203,7 @@ class Stream:
 
     @property
     def nbytes(self) -> int:
-        """Of the slots: device memory, and as much pinned host memory beside a GPU."""
+        """Of the slots: device memory, and where files are read for a GPU as much pinned host memory."""
         return sum(slot.buffer.numel() for slot in self._slots)
 
     def enter(self, index: int) -> None:
@@ -231,7 +237,7 @@ class Stream:
             slot.holds, self._here = None, None
             raise _lost(f"block {index}", error) from None
         if ready is not None:
-            torch.cuda.current_stream(self._device).wait_event(ready)
+            self._api.current_stream(self._device).wait_event(ready)
         give(self._blocks[index], self._layouts[index].views(slot.buffer))
 
     def _slot_of(self, index: int) -> _Slot | None:
@@ -241,8 +247,8 @@ class Stream:
         """Block `index` has been given all its work: whoever fills its slot next waits for that."""
         slot = self._slot_of(index)
         if slot is not None and self._copies is not None:
-            slot.free = torch.cuda.Event()
-            slot.free.record(torch.cuda.current_stream(self._device))
+            slot.free = self._api.Event()
+            slot.free.record(self._api.current_stream(self._device))
 
     def _request(self, index: int, route: Sequence[int]) -> None:
         """See that `index` is in a slot or on its way to one that no block on the route needs."""
@@ -253,7 +259,9 @@ class Stream:
         if slot.holds is not None:
             give(self._blocks[slot.holds], dict.fromkeys(self._layouts[slot.holds].linears))
         slot.holds = index
-        slot.filled = self._reader.submit(_fill, slot, index, self._layouts[index].nbytes, self._fetch, self._copies)
+        slot.filled = self._reader.submit(
+            _fill, slot, index, self._layouts[index].nbytes, self._fetch, self._api, self._copies
+        )
 
     @contextlib.contextmanager
     def by_reference(self, index: int) -> Iterator[None]:
@@ -280,20 +288,20 @@ class Stream:
 
 
 def _fill(
-    slot: _Slot, index: int, nbytes: int, fetch: Callable[[int, Tensor], Tensor | None], copies: Any
+    slot: _Slot, index: int, nbytes: int, fetch: Callable[[int, Tensor], Tensor | None], api: Any, copies: Any
 ) -> Any:  # in the thread
     """Put blob `index` into the slot; returns the event after which it is on the device, None on a CPU."""
     target = slot.buffer if slot.staging is None else slot.staging
-    if copies is not None and slot.filled is not None:
+    if slot.staging is not None and slot.filled is not None:
         copies.synchronize()  # the copy out of this staging buffer, from its last use
     blob = fetch(index, target[:nbytes])
     if copies is None:
         assert blob is None
         return None
-    with torch.cuda.stream(copies):
+    with api.stream(copies):
         if slot.free is not None:
             copies.wait_event(slot.free)
         slot.buffer[:nbytes].copy_(target[:nbytes] if blob is None else blob, non_blocking=True)
-        ready = torch.cuda.Event()
+        ready = api.Event()
         ready.record(copies)
     return ready

@@ -10,6 +10,7 @@ import itertools
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # a config is read, and a run planned, without torch
+    import torch
     from torch import Tensor
 
 _KNOWN = set(
@@ -41,7 +42,7 @@ class Rope:
         """The length above which the frequencies are others (longrope: 2 sets); None where they do not depend on it so."""
         return int(dict(self.scaling)["original_max_position_embeddings"]) if self.kind == "longrope" else None
 
-    def frequencies(self, length: int) -> "tuple[Tensor, float]":
+    def frequencies(self, length: int, device: "torch.device | str" = "cpu") -> "tuple[Tensor, float]":
         """(inv_freq `[dim/2]`, factor of cos and sin) for a sequence of `length` tokens."""
         if self.kind == "dynamic":
             length = max(length, self.max_position)
@@ -50,15 +51,16 @@ class Rope:
             length = original + 1 if length > original else 0
         else:
             length = 0
-        return _frequencies(self, length)
+        return _frequencies(self, length, str(device))
 
 
 @functools.lru_cache(maxsize=1024)
-def _frequencies(rope: Rope, length: int) -> "tuple[Tensor, float]":
+def _frequencies(rope: Rope, length: int, device: str) -> "tuple[Tensor, float]":
     from enginepost.kernels.rope import rope_frequencies
 
     scaling = {k: list(v) if isinstance(v, tuple) else v for k, v in rope.scaling}
-    return rope_frequencies(rope.dim, rope.theta, scaling, max_position=rope.max_position, seq_len=length)
+    inverse, factor = rope_frequencies(rope.dim, rope.theta, scaling, max_position=rope.max_position, seq_len=length)
+    return inverse.to(device), factor
 
 
 def tables(rope: Rope, positions: "Tensor", cu_seqlens: "Tensor") -> "tuple[Tensor, Tensor]":
@@ -66,17 +68,15 @@ def tables(rope: Rope, positions: "Tensor", cu_seqlens: "Tensor") -> "tuple[Tens
     import torch
 
     if rope.kind not in ("dynamic", "longrope"):
-        inverse, factor = rope.frequencies(0)
-        return _angles(positions, inverse.to(positions.device), factor)
+        return _angles(positions, *rope.frequencies(0, positions.device))
     starts = cu_seqlens.tolist()
     parts = []
     for start, end in itertools.pairwise(starts):
         if end > start:
             own = positions[start:end]
-            inverse, factor = rope.frequencies(int(own.max()) + 1)
-            parts.append(_angles(own, inverse.to(own.device), factor))
+            parts.append(_angles(own, *rope.frequencies(int(own.max()) + 1, own.device)))
     if not parts:
-        return _angles(positions, rope.frequencies(0)[0], 1.0)
+        return _angles(positions, rope.frequencies(0, positions.device)[0], 1.0)
     return torch.cat([cos for cos, _ in parts]), torch.cat([sin for _, sin in parts])
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from enginepost.checkpoint import Checkpoint, Writer, copy_side_files, write_bytes
 from enginepost.data.packing import Sequence, collate, plan_batches
+from enginepost.device import placed
 from enginepost.errors import EnginepostError
 from enginepost.model.layout import read_config
 from enginepost.model.lora import load_adapter, save_adapter
@@ -50,7 +51,9 @@ class Scorer:
         found = [0.0] * len(lengths)
         for members in plan_batches(lengths, batch_size=1, max_length=max([max_tokens, *lengths])) if lengths else []:
             plain = [np.asarray(sequences[i], dtype=np.int32) for i in members]
-            batch = collate([Sequence(ids, np.zeros(len(ids), np.bool_), 0, "") for ids in plain])
+            host = collate([Sequence(ids, np.zeros(len(ids), np.bool_), 0, "") for ids in plain])
+            self.model.check(host.ids)
+            batch = placed(host, self.model.device)
             last = batch.cu_seqlens[1:].long() - 1
             values = self.token_scores(batch.ids, batch.cu_seqlens, batch.positions, last)[:, 0]
             for i, value in zip(members, values.tolist(), strict=True):

@@ -9,22 +9,24 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from enginepost.device import sent
 from enginepost.kernels.attention import attention
 
 
 class Copies:
-    """`index` int64 [N] into rows of a stream, and the rounds in which gradients go back: in each, no row twice."""
+    """`index` int64 [N], in host memory, into rows of a stream on `device`, and the rounds in which gradients go back: in each, no
+    row twice."""
 
-    def __init__(self, index: Tensor) -> None:
-        self.index = index
+    def __init__(self, index: Tensor, device: torch.device) -> None:
+        self.index = sent(index, device)
         order = torch.argsort(index, stable=True)
         rows = index[order]
         starts = torch.searchsorted(rows, rows)  # where the run of equal rows begins
         occurrence = torch.empty_like(index)
-        occurrence[order] = torch.arange(len(index), device=index.device) - starts
-        self.rounds = [
-            (occurrence == n).nonzero().squeeze(1) for n in range(int(occurrence.max()) + 1 if len(index) else 0)
-        ]
+        occurrence[order] = torch.arange(len(index)) - starts
+        rounds = [(occurrence == n).nonzero().squeeze(1) for n in range(int(occurrence.max()) + 1 if len(index) else 0)]
+        # (places among the copies, rows of the stream) of each
+        self.rounds = [(sent(chosen, device), sent(index[chosen], device)) for chosen in rounds]
 
 
 class _Take(torch.autograd.Function):
@@ -37,8 +39,7 @@ class _Take(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
         total = grad.new_zeros(ctx.rows, *grad.shape[1:])
-        for number, chosen in enumerate(ctx.copies.rounds):
-            rows = ctx.copies.index[chosen]
+        for number, (chosen, rows) in enumerate(ctx.copies.rounds):
             if number == 0:
                 total.index_copy_(0, rows, grad.index_select(0, chosen))
             else:
@@ -54,14 +55,14 @@ def take(x: Tensor, copies: Copies) -> Tensor:
 class SharedPrompts:
     """Where `Transformer.hidden` takes a cache: keys and values of the stream, those of shared prompts repeated.
 
-    keys int64 [Tk]: the row of the stream that each key is of; cu_seqlens_k int32 [S+1]. It keeps nothing, so that gradients flow
-    through it and activations may be recomputed.
+    keys int64 [Tk], in host memory: the row of the stream that each key is of; cu_seqlens_k int32 [S+1], on the device. It keeps
+    nothing, so that gradients flow through it and activations may be recomputed.
     """
 
     keeps = False
 
     def __init__(self, keys: Tensor, cu_seqlens_k: Tensor) -> None:
-        self.copies = Copies(keys)
+        self.copies = Copies(keys, cu_seqlens_k.device)
         self.cu_seqlens_k = cu_seqlens_k
 
     def attend(

@@ -243,9 +243,11 @@ class Transformer(nn.Module):
         """Hidden states after the final norm, ready for the head.
 
         Args: ids int64 `[T]`; cu_seqlens int32 `[S+1]`; positions int64 `[T]`; cache: of earlier tokens (no gradients).
-        Returns: `[T, H]` in the model's dtype. Raises EnginepostError for an id outside the vocabulary.
+        Returns: `[T, H]` in the model's dtype. Raises EnginepostError for an id outside the vocabulary; of ids on a GPU `check`
+        tells, before they are sent there.
         """
-        self._check(ids)
+        if ids.device.type == "cpu":  # to look at ids on a GPU would wait for it
+            self.check(ids)
         spec = self.spec
         table = self.embedding
         h = F.embedding(ids, table) if isinstance(table, Tensor) else table.rows(ids)
@@ -314,7 +316,8 @@ class Transformer(nn.Module):
         own = dict(self.named_parameters())
         return {e.name: own[e.parameter].detach()[e.start : e.stop] for e in layout(self.spec)}
 
-    def _check(self, ids: Tensor) -> None:
+    def check(self, ids: Tensor) -> None:
+        """Raise EnginepostError for an id outside the vocabulary. ids int64 `[T]`, in host memory."""
         if ids.numel() == 0:
             return
         low, high = (int(x) for x in torch.aminmax(ids))

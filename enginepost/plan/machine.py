@@ -71,6 +71,21 @@ def gpu(text: str, host: float | None = None, tflops: float | None = None) -> Ma
     return Machine(name, "cuda", card[0] * 2**30 * USABLE, rate, card[1] * 1e9, 0.9 * card[3] * 1e9, host)
 
 
+def card(name: str, total: float, free: float, memory: float | None = None) -> Machine:
+    """The GPU at hand, as its driver names it: `free` of its `total` bytes, at most `memory`, and the host memory that is free now.
+    Rates are those of the card of that name, or of one with as much memory."""
+    plain = re.sub(r"[\s_-]|nvidia|geforce", "", name.lower())
+
+    def likeness(known: str) -> tuple[int, float]:
+        named = known.partition("-")[0]  # "a100" of a100-80gb; the longest that is part of the name, so not a10
+        return -len(named) if named in plain else 0, abs(GPUS[known][0] * 2**30 - total)
+
+    nearest = min(GPUS, key=likeness)
+    _, bandwidth, tflops, link = GPUS[nearest]
+    room = free if memory is None else min(memory, free)
+    return Machine(name, "cuda", room, 0.5e12 * tflops, bandwidth * 1e9, 0.9e9 * link, available())
+
+
 def this_machine(memory: float | None = None, tflops: float | None = None) -> Machine:
     """The CPU at hand: memory that is free now (within a container's limit), cores, and a rate by instruction set."""
     threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or len(os.sched_getaffinity(0))

@@ -398,7 +398,8 @@ def _host(s: Setup) -> dict[str, float]:
         return {}
     held = {"process": HOST_PROCESS}
     if s.weights == "host":
-        held["weights"] = float(blob_bytes(s) * len(s.spec.layers))
+        pinned = 1 << (blob_bytes(s) - 1).bit_length()  # torch's allocator of pinned memory rounds up to a power of two
+        held["weights"] = float(pinned * len(s.spec.layers))
     if s.weights == "disk":
         held["slots"] = weight_bytes(s)[1]
     if s.states == "host":

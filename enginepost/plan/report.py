@@ -158,7 +158,7 @@ def plan(
     Raises: EnginepostError for a mistake in any of them.
     """
     settings = load_recipe(recipe, overrides or {})
-    budget = size(memory) if memory else _stated(settings)
+    budget = size(memory) if memory else stated(settings)
     if on is not None:
         machine = gpu(on, size(host) if host else None, tflops)
         machine = dataclasses.replace(
@@ -196,15 +196,17 @@ def _choices(recipe: Recipe, setup: Setup, machine: Machine, keys: tuple[str, ..
     )  # fmt: skip
 
 
-def settled(recipe: Recipe) -> tuple[Recipe, str]:
+def settled(recipe: Recipe, machine: Machine | None = None) -> tuple[Recipe, str]:
     """For a recipe with `memory`: residency and checkpointing within the budget, where the recipe does not say them itself.
+
+    Args: machine: what the run may use, default this CPU.
 
     Returns: (the recipe with the choice made, what to tell the reader). None of the choices changes a bit of the result.
     Raises: EnginepostError when nothing fits: the plan, and what to change.
     """
-    machine = this_machine(_stated(recipe))
+    machine = machine or this_machine(stated(recipe))
     config = config_of(recipe.model)
-    setup = setup_of(recipe, config, threads=machine.threads)
+    setup = setup_of(recipe, config, device=machine.device, threads=machine.threads)
     free = tuple(k for k in ("checkpointing", "weights") if k not in recipe.model_fields_set)
     # Without checkpointing a step is a quarter faster, so it is where the search begins.
     start = dataclasses.replace(
@@ -232,7 +234,7 @@ def advice(recipe: Recipe, setup: Setup, machine: Machine) -> str:
     return "\n".join([f"the run needs {_gb(made.peak.total)} GB, in {made.peak.when}: {items}", *made.lines()[2:]])
 
 
-def _stated(recipe: Recipe) -> float | None:
+def stated(recipe: Recipe) -> float | None:
     """The recipe's own budget in bytes; None for none, or `auto`."""
     said = getattr(recipe, "memory", None)
     return None if said in (None, "auto") else size(said)

@@ -25,7 +25,7 @@ def hidden_states(model: Any, batch: AnswerBatch) -> Tensor:
 
 def predicting(model: Any, batch: AnswerBatch) -> Tensor:
     """Hidden states `[N, H]` that predict the trained tokens."""
-    return take(hidden_states(model, batch), Copies(batch.predict))
+    return take(hidden_states(model, batch), Copies(batch.predict, model.device))
 
 
 def token_logprobs(

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from enginepost.device import choose, deterministic, fetch
 from enginepost.errors import EnginepostError
 from enginepost.model.layout import layout
 from enginepost.model.residency import WeightsError
@@ -31,7 +32,7 @@ from enginepost.model.spec import ModelSpec
 from enginepost.recipe import Recipe, load_recipe
 from enginepost.train import budget, heap, methods, weights
 from enginepost.train.methods.method import Method, Metrics, MicroBatch, Work, add_metrics, mean_metrics
-from enginepost.train.monitor import Monitor, SpikeWatch, resident_bytes
+from enginepost.train.monitor import Monitor, SpikeWatch, memory_used
 from enginepost.train.optimizer import AdamW, NotFinite
 from enginepost.train.schedule import learning_rate
 from enginepost.train.state import RunDirectory, read_state, trainer_state, write_file
@@ -71,11 +72,13 @@ def train(recipe: str | os.PathLike[str] | Mapping[str, Any], *, resume: bool = 
 
 
 def _train(recipe: Recipe, run: RunDirectory, command: str) -> None:
+    device = choose(recipe.device, say=print)
+    recipe = recipe.model_copy(update={"device": str(device)})
     method = methods.create(recipe)
     saving = recipe.checkpointing or recipe.memory or recipe.quantize or recipe.weights != "resident"
     heap.give_back() if saving else heap.keep()
-    recipe = budget.settle(recipe, say=print)
-    with budget.guarded(recipe):
+    method.recipe = recipe = budget.settle(recipe, say=print)
+    with budget.guarded(recipe), deterministic(device):
         _steps(recipe, run, method, command)
 
 
@@ -84,6 +87,12 @@ def _steps(recipe: Recipe, run: RunDirectory, method: Method, command: str) -> N
     state = read_state(checkpoint) if checkpoint else None
     if state and state["enginepost"]["data"] != method.data:
         raise TrainingError(f"{checkpoint}: cannot resume: the training rows are not those the run began with")
+    began = state["enginepost"].get("device", "cpu") if state else method.device.type
+    if began != method.device.type:
+        print(
+            f"note: the run began on {began} and goes on on {method.device.type}, whose kernels round otherwise",
+            flush=True,
+        )
     model = weights.load(recipe, DTYPES[recipe.dtype], checkpoint)
     method.attach(model)
     optimizer = AdamW(
@@ -118,6 +127,7 @@ def _steps(recipe: Recipe, run: RunDirectory, method: Method, command: str) -> N
             history=monitor.history,
             data=method.data,
             method=method.state(),
+            device=method.device.type,
         )
         tensors = {**method.module_tensors(), **method.tensors()}
         return run.save(step, lambda d: weights.save(recipe, model, optimizer, d, tensors), state)
@@ -153,12 +163,12 @@ def _steps(recipe: Recipe, run: RunDirectory, method: Method, command: str) -> N
                             "epoch": round(work.epoch, 6),
                             "loss": loss,
                             **metrics,
-                            **work.metrics,
+                            **dict(zip(work.metrics, fetch(list(work.metrics.values())), strict=True)),
                             "grad_norm": norm,
                             "learning_rate": lr,
                             "num_tokens": tokens,
                             "tokens_per_second": (tokens - since) / (now - mark),
-                            "memory_gb": resident_bytes() / 1e9,
+                            **memory_used(method.device),
                             "elapsed_seconds": now - monitor.start,
                         }
                     )
@@ -221,19 +231,26 @@ def accumulate(
     model: Any, method: Method, work: Work, *, step: int = 1, run: RunDirectory | None = None
 ) -> tuple[float, dict[str, float]]:
     """Add the gradients of the loss of a step; returns the loss (for sft nats per trained token) and the metrics."""
-    total = 0.0
+    losses: list[torch.Tensor] = []
     metrics: Metrics = {}
-    for index, batch in enumerate(work.micro_batches):
-        model.dropout_seed = step_seed(method.recipe.seed, step, index)
-        loss, share = method.loss(model, work, index)
-        value = loss.item()
+
+    def finite(value: float, index: int) -> None:
         if not math.isfinite(value):
             where = f"micro-batch {index + 1} of {len(work.micro_batches)}"
-            raise _not_finite(f"the loss became {value} in {where}", step, [batch], run)
+            raise _not_finite(f"the loss became {value} in {where}", step, [work.micro_batches[index]], run)
+
+    for index in range(len(work.micro_batches)):
+        model.dropout_seed = step_seed(method.recipe.seed, step, index)
+        loss, share = method.loss(model, work, index)
+        if loss.device.type == "cpu":
+            finite(loss.item(), index)
         loss.backward()
-        total += value
+        losses.append(loss.detach())
         add_metrics(metrics, share)
-    return total, mean_metrics(metrics)
+    values = fetch(losses)  # on a GPU the first time that a step waits for it
+    for index, value in enumerate(values):
+        finite(value, index)
+    return sum(values), mean_metrics(metrics)
 
 
 def step_seed(seed: int, step: int, micro_batch: int) -> int:
@@ -312,7 +329,7 @@ def _summary(recipe: Recipe, model: Any, method: Method, checkpoint: pathlib.Pat
         kind += f", weights on {recipe.weights}"
     begin = f"resuming from {checkpoint} at step {step}" if checkpoint else "from the beginning"
     return (
-        f"{recipe.method}, {kind}, {recipe.dtype}: {_short(trained)} of {_short(total)} parameters "
+        f"{recipe.method}, {kind}, {recipe.dtype} on {method.device}: {_short(trained)} of {_short(total)} parameters "
         f"trained; {method.size}; {method.total} steps, {begin}"
     )
 

@@ -1,8 +1,9 @@
 """What a person sees of a run, and what is kept of it: progress, `metrics.jsonl`, TensorBoard, advice on spikes.
 
 Each line of `metrics.jsonl` is one JSON object with names that TRL users know: step, epoch, loss, entropy, grad_norm, learning_rate,
-num_tokens, tokens_per_second, eval_loss; and memory_gb (resident memory of the process), elapsed_seconds (of this process, since
-its first step began). Tokens are real ones: there is no padding to count.
+num_tokens, tokens_per_second, eval_loss; and memory_gb (resident memory of the process; on a GPU the most that its tensors have
+taken, and host_memory_gb beside it), elapsed_seconds (of this process, since its first step began). Tokens are real ones: there is
+no padding to count.
 """
 
 import json
@@ -25,6 +26,16 @@ def resident_bytes() -> int:
             return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         return 0
+
+
+def memory_used(device: Any) -> dict[str, float]:
+    """What a line of metrics says of memory, in GB; device: the run's torch.device."""
+    host = resident_bytes() / 1e9
+    if device.type == "cpu":
+        return {"memory_gb": host}
+    import torch
+
+    return {"memory_gb": torch.get_device_module(device).max_memory_allocated(device) / 1e9, "host_memory_gb": host}
 
 
 def duration(seconds: float) -> str:

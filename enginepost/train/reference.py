@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from enginepost.checkpoint import Checkpoint, save_tensors
 from enginepost.checkpoint.cache import cache_directory
+from enginepost.device import sent
 from enginepost.errors import EnginepostError
 from enginepost.kernels.lora import LoraPart, row_norm
 from enginepost.model import load_adapter, load_model
@@ -87,7 +88,7 @@ class Reference:
 def _load(recipe: Recipe, model: Any, directory: str) -> Any:
     """A frozen model, kept as the recipe keeps the policy's frozen weights."""
     residency = recipe.weights if recipe.lora is not None else "resident"
-    return load_model(directory, dtype=model.dtype, quantize=recipe.quantize, weights=residency)
+    return load_model(directory, dtype=model.dtype, device=model.device, quantize=recipe.quantize, weights=residency)
 
 
 def _parameters(model: Any) -> dict[str, nn.Parameter]:
@@ -114,6 +115,7 @@ def _read_adapter(model: Any, directory: str) -> dict[str, Tensor]:
         tensors[f"{path}.A"], tensors[f"{path}.B"] = part.A.float().clone(), part.B.float().clone()
         if part.magnitude is not None:
             tensors[f"{path}.magnitude"] = part.magnitude.float().clone()
+    tensors = {name: sent(t, model.device) for name, t in tensors.items()}
     assert tensors.keys() == _parameters(model).keys()
     return tensors
 

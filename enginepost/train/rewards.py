@@ -46,7 +46,8 @@ class Judge:
 
 
 def load(
-    items: Sequence[Reward], tokenizer: Tokenizer, *, vocab_size: int, dtype: torch.dtype, template: str | None = None
+    items: Sequence[Reward], tokenizer: Tokenizer, *, vocab_size: int, dtype: torch.dtype, template: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> list[Judge]:  # fmt: skip
     """The rewards of a recipe. Raises RewardError for a function that cannot be imported, a reward model that does not fit."""
     judges: list[Judge] = []
@@ -54,7 +55,9 @@ def load(
         if item.model is not None:
             name, score = (
                 pathlib.Path(item.model).name,
-                model_scorer(item.model, tokenizer, vocab_size=vocab_size, dtype=dtype, template=template),
+                model_scorer(
+                    item.model, tokenizer, vocab_size=vocab_size, dtype=dtype, template=template, device=device
+                ),
             )
         else:
             function = item.function if callable(item.function) else find(item.function)
@@ -134,12 +137,13 @@ def function_scorer(function: Callable[..., Any], name: str, tokenizer: Tokenize
 
 
 def model_scorer(
-    path: str, tokenizer: Tokenizer, *, vocab_size: int, dtype: torch.dtype, template: str | None = None
+    path: str, tokenizer: Tokenizer, *, vocab_size: int, dtype: torch.dtype, template: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> Scorer:  # fmt: skip
     """Scores by a reward model: of prompt and completion, as they were drawn, and what a chat template writes after an answer."""
     from enginepost.model.scorer import load_scorer
 
-    scorer = load_scorer(path, dtype)
+    scorer = load_scorer(path, dtype, device)
     theirs, labels = scorer.model.spec.vocab_size, scorer.head.out_features
     if scorer.kind != "sequence" or labels != 1:
         raise RewardError(

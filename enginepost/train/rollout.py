@@ -14,6 +14,7 @@ from torch import Tensor
 
 from enginepost.data import Sequence, collate, plan_batches
 from enginepost.data.prompts import Prompts
+from enginepost.device import placed, sent
 from enginepost.generate import Completion
 from enginepost.kernels.linear_logprob import linear_logprob
 from enginepost.recipe import Recipe
@@ -45,6 +46,10 @@ class Rollout:
         """int64 `[S]`: where each completion's tokens begin in the vectors `[N]`."""
         return self.completions.cumsum(0) - self.completions
 
+    def of(self, name: str, batch: "Pack") -> Tensor:
+        """`[n]`: the vector `name` at the completions' tokens of a micro-batch, where that is."""
+        return sent(self.tokens[name][batch.where], batch.ids.device)
+
     def completion_ids(self) -> list[list[int]]:
         ends = self.lengths.cumsum(0)
         return [self.ids[e - n : e].tolist() for e, n in zip(ends.tolist(), self.completions.tolist(), strict=True)]
@@ -65,7 +70,10 @@ class Rollout:
 @dataclass
 class Pack:
     """Some completions as one stream; a micro-batch. members int64 `[s]`: which; completions int64 `[s]`: their lengths; where int64
-    `[n]`: their tokens in the vectors of the roll-out; predict int64 `[n]`: the position in the stream that predicts each."""
+    `[n]`: their tokens in the vectors of the roll-out; predict int64 `[n]`: the position in the stream that predicts each. The
+    roll-out is in host memory, and so are its indices members and where."""
+
+    HOST = ("members", "where")
 
     ids: Tensor
     targets: Tensor
@@ -94,13 +102,13 @@ def gather(number: int, prompts: Prompts, index: list[int], groups: list[list[Co
     )
 
 
-def packs(rollout: Rollout, prompts: Prompts, members: np.ndarray, recipe: Recipe) -> list[Pack]:
-    """The completions `members` in micro-batches of `batch_size` bins of `max_length` tokens."""
+def packs(rollout: Rollout, prompts: Prompts, members: np.ndarray, recipe: Recipe, device: torch.device) -> list[Pack]:
+    """The completions `members` in micro-batches of `batch_size` bins of `max_length` tokens, on the device."""
     lengths = rollout.lengths[torch.from_numpy(members)].numpy()
     plan = plan_batches(
         lengths, batch_size=recipe.batch_size, max_length=recipe.max_length, packing=recipe.packing, seed=recipe.seed
     )
-    return [pack(rollout, prompts, members[micro]) for micro in plan]
+    return [placed(pack(rollout, prompts, members[micro]), device) for micro in plan]
 
 
 def pack(rollout: Rollout, prompts: Prompts, members: np.ndarray) -> Pack:
@@ -140,8 +148,8 @@ def add_logprobs(rollout: Rollout, model: Any, prompts: Prompts, recipe: Recipe,
     found = torch.zeros(int(rollout.completions.sum()))
     training = model.training
     model.eval()
-    for batch in packs(rollout, prompts, np.arange(len(rollout)), recipe):
-        found[batch.where] = token_logprobs(model, batch, temperature)[0]
+    for batch in packs(rollout, prompts, np.arange(len(rollout)), recipe, model.device):
+        found[batch.where] = token_logprobs(model, batch, temperature)[0].cpu()
     model.train(training)
     rollout.tokens[name] = found
 

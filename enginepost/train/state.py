@@ -167,6 +167,7 @@ def trainer_state(
     history: list[dict[str, Any]],
     data: str,
     method: dict[str, Any],
+    device: str,
 ) -> dict[str, Any]:
     """The state in the shape of transformers' TrainerState, which plotting tools read; `enginepost` holds what is ours."""
     evaluations = [m for m in history if "eval_loss" in m]
@@ -192,7 +193,7 @@ def trainer_state(
         "train_batch_size": recipe.batch_size,
         "trial_name": None,
         "trial_params": None,
-        "enginepost": {"data": data, "method": method},
+        "enginepost": {"data": data, "method": method, "device": device},
     }
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from enginepost.checkpoint import Checkpoint, Writer
+from enginepost.device import placed, sent
 from enginepost.train.reference import cache_path
 from enginepost.train.rows import Rows, fingerprint
 
@@ -70,8 +71,9 @@ def write_shown(
     shape = (int(starts[-1]), k)
     with Writer(path, {"ids": (torch.int32, shape), "logprobs": (torch.float32, shape)}, shard_bytes=2.0**62) as writer:
         for members in micro_batches:
-            batch = everything.batch(members)
-            kept = (batch.targets != -100).nonzero().squeeze(1)
+            host = everything.batch(members)
+            kept = sent((host.targets != -100).nonzero().squeeze(1), teacher.device)
+            batch = placed(host, teacher.device)
             hidden = teacher.hidden(batch.ids, batch.cu_seqlens, batch.positions)[kept]
             at = 0
             for i in members:

@@ -22,10 +22,16 @@ from enginepost.recipe import Recipe
 from enginepost.train.optimizer import AdamW
 
 
+def device_of(recipe: Recipe) -> torch.device:
+    """The device of a recipe in which the loop has settled it (`enginepost.device.choose`); "auto" is a CPU where nobody has."""
+    return torch.device("cpu" if recipe.device == "auto" else recipe.device)
+
+
 def load(recipe: Recipe, dtype: torch.dtype, checkpoint: pathlib.Path | None) -> Any:
-    """The Transformer to train, with its adapter, at the weights of `checkpoint` where one is given."""
+    """The Transformer to train, on the recipe's device, with its adapter, at the weights of `checkpoint` where one is given."""
+    device = device_of(recipe)
     if recipe.lora is None:
-        model = load_model(checkpoint or recipe.model, dtype=dtype)
+        model = load_model(checkpoint or recipe.model, dtype=dtype, device=device)
         if model.frozen:
             raise EnginepostError(
                 f"{recipe.model}: its weights are in 4 bits and cannot train (`lora: null`); train an adapter, or the 16-bit model"
@@ -33,7 +39,7 @@ def load(recipe: Recipe, dtype: torch.dtype, checkpoint: pathlib.Path | None) ->
     else:
         if recipe.quantize is not None:
             quantized_copy(recipe.model, recipe.quantize, say=print)
-        model = load_model(recipe.model, dtype=dtype, quantize=recipe.quantize, weights=recipe.weights)
+        model = load_model(recipe.model, dtype=dtype, device=device, quantize=recipe.quantize, weights=recipe.weights)
         if recipe.adapter is not None:
             load_adapter(model, recipe.adapter)
         else:

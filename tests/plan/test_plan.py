@@ -12,7 +12,7 @@ import pytest
 from enginepost.errors import EnginepostError
 from enginepost.plan import Plan, plan
 from enginepost.plan.choose import MARGIN, choices, fits
-from enginepost.plan.machine import GPUS, available, gpu, size
+from enginepost.plan.machine import GPUS, available, card, gpu, size
 from enginepost.plan.memory import step_peak
 from enginepost.plan.report import SWITCHES
 from enginepost.plan.setup import config_of, setup_of
@@ -174,3 +174,18 @@ def test_the_margin_is_part_of_what_fits() -> None:
     exact = dataclasses.replace(made.machine, memory=made.peak.total * MARGIN["cuda"] * 1.0001)
     assert fits(made.peak, exact)
     assert not fits(made.peak, dataclasses.replace(exact, memory=made.peak.total))
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "like"),
+    [
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", 16, "rtx4070tisuper"), ("NVIDIA GeForce RTX 4090", 24, "rtx4090"),
+        ("NVIDIA A100-SXM4-40GB", 40, "a100-40gb"), ("NVIDIA A100 80GB PCIe", 80, "a100-80gb"), ("NVIDIA A10", 24, "a10"),
+        ("NVIDIA L40S", 48, "l40s"), ("NVIDIA RTX 6000 Ada Generation", 48, "rtx6000ada"), ("NVIDIA H100 80GB HBM3", 80, "h100"),
+        ("a card of tomorrow", 31, "rtx5090"),
+    ],
+)  # fmt: skip
+def test_a_card_is_known_by_its_drivers_name(name: str, gib: float, like: str) -> None:
+    found = card(name, gib * 2**30, 7e9, 5e9)
+    assert (found.name, found.device, found.memory) == (name, "cuda", 5e9)
+    assert found.bandwidth == GPUS[like][1] * 1e9 and card(name, gib * 2**30, 4e9, 5e9).memory == 4e9

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from enginepost.data import plan_batches
 from enginepost.data.preferences import Kind
+from enginepost.device import fetch, placed
 from enginepost.errors import EnginepostError
 from enginepost.recipe import Recipe
 from enginepost.train.answer_rows import AnswerRows, load_answers
@@ -57,7 +58,8 @@ class AnswerMethod(Method):
         self, rows: AnswerRows, micro_batches: list[list[int]], epoch: float = 0.0, ends_epoch: bool = False
     ) -> Work:
         """The step that looks at these records."""
-        return Work([rows.batch(m) for m in micro_batches], sum(map(len, micro_batches)), epoch, ends_epoch)
+        batches = [placed(rows.batch(m), self.device) for m in micro_batches]
+        return Work(batches, sum(map(len, micro_batches)), epoch, ends_epoch)
 
     def planned(self, rows: AnswerRows) -> list[list[int]]:
         """Micro-batches that see each record once."""
@@ -74,13 +76,13 @@ class AnswerMethod(Method):
         plan = self.planned(self.validation)
         work = self.work(self.validation, plan)
         model.eval()
-        total, metrics = 0.0, Metrics()
+        losses, metrics = [], Metrics()
         for index in range(len(plan)):
             loss, share = self.share_of_loss(model, self.validation, work, index)
-            total += loss.item()
+            losses.append(loss)
             add_metrics(metrics, share)
         model.train()
-        return {"eval_loss": total, **mean_metrics(metrics, "eval_")}
+        return {"eval_loss": sum(fetch(losses)), **mean_metrics(metrics, "eval_")}
 
 
 def check_start(found: float, expected: float, what: str, dtype: torch.dtype, exact: bool = True) -> None:

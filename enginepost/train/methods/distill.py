@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from enginepost.device import fetch, sent
 from enginepost.errors import EnginepostError
 from enginepost.kernels.linear_kl import linear_kl
 from enginepost.kernels.linear_logprob import linear_logprob
@@ -55,7 +56,9 @@ class Distill(Sft):
 
     def _load(self, model: Any) -> Any:
         r = self.recipe
-        return load_model(r.teacher, dtype=model.dtype, adapter=r.teacher_adapter).requires_grad_(False)
+        return load_model(r.teacher, dtype=model.dtype, device=model.device, adapter=r.teacher_adapter).requires_grad_(
+            False
+        )
 
     def _cached(self, model: Any, rows: Rows, k: int) -> Shown:
         """From the cache on disk, which is made now unless it was made before."""
@@ -74,11 +77,12 @@ class Distill(Sft):
 
     def loss(self, model: Any, work: Work, index: int) -> tuple[Tensor, Metrics]:
         r, batch, teacher = self.recipe, work.micro_batches[index], self.teacher
-        kept = (batch.targets != -100).nonzero().squeeze(1)
+        kept = work.extra["trained"][index]
         said: dict[str, Any]  # of the teacher first, while nothing of the student's is kept yet
         if teacher is None:
             rows, members = work.extra["rows"], work.extra["members"][index]
-            said = {"teacher_topk": self.shown[id(rows.dataset)].of([int(rows.index[i]) for i in members])}
+            ids, logprobs = self.shown[id(rows.dataset)].of([int(rows.index[i]) for i in members])
+            said = {"teacher_topk": (sent(ids, self.device), sent(logprobs, self.device))}
         else:
             with torch.no_grad():
                 shown = teacher.hidden(batch.ids, batch.cu_seqlens, batch.positions)[kept]
@@ -92,12 +96,12 @@ class Distill(Sft):
         )
         divergence = each.sum(dtype=torch.float64) * r.temperature**2
         loss = (1 - r.sft_weight) * divergence / work.count
-        metrics: Metrics = {"divergence": (divergence.item(), len(kept))}
+        metrics: Metrics = {"divergence": (divergence.detach(), len(kept))}
         if r.sft_weight:
             logprob = linear_logprob(hidden, model.head_table, batch.targets[kept], softcap=cap)[0]
             nll = -logprob.sum(dtype=torch.float64)
             loss = loss + r.sft_weight * nll / work.count
-            metrics["nll_loss"] = (nll.item(), len(kept))
+            metrics["nll_loss"] = (nll.detach(), len(kept))
         return loss, metrics
 
     @torch.no_grad()
@@ -106,13 +110,13 @@ class Distill(Sft):
             return None
         work = self.work(self.planned(self.validation), rows=self.validation)
         model.eval()
-        total, metrics = 0.0, Metrics()
+        losses, metrics = [], Metrics()
         for index in range(len(work.micro_batches)):
             loss, share = self.loss(model, work, index)
-            total += loss.item()
+            losses.append(loss)
             add_metrics(metrics, share)
         model.train()
-        return {"eval_loss": total, **mean_metrics(metrics, "eval_")}
+        return {"eval_loss": sum(fetch(losses)), **mean_metrics(metrics, "eval_")}
 
     def work(
         self, micro_batches: list[list[int]], epoch: float = 0.0, ends_epoch: bool = False, rows: Rows | None = None

@@ -15,6 +15,7 @@ from torch import Tensor
 from enginepost.data import Sequence
 from enginepost.data.pairs import AnswerBatch, collate_answers
 from enginepost.data.preferences import Kind
+from enginepost.device import fetch, placed, sent
 from enginepost.errors import EnginepostError
 from enginepost.recipe import Recipe
 from enginepost.recipe_offline import KtoRecipe
@@ -65,7 +66,7 @@ class Kto(AnswerMethod):
     def reference_logps(self, model: Any, rows: AnswerRows, batch: AnswerBatch) -> Tensor:
         kept = self.caches.get(id(rows.preferences))
         if kept is not None:
-            return kept[batch.members]
+            return sent(kept[batch.members], self.device)
         with self.reference.policy(model) as reference:
             return answer_sums(token_logprobs(reference, batch)[0], batch)
 
@@ -84,20 +85,20 @@ class Kto(AnswerMethod):
         """The estimate for a step."""
         if self.recipe.loss != "kto":
             return 0.0
-        was_training, total = model.training, 0.0
+        was_training, totals = model.training, []
         model.eval()
         for batch in work.micro_batches:
-            other = self.mismatched(rows, batch.members)
+            other = placed(self.mismatched(rows, batch.members), self.device)
             policy = answer_sums(token_logprobs(model, other)[0], other)
             with self.reference.policy(model) as reference:
-                total += (policy - answer_sums(token_logprobs(reference, other)[0], other)).sum().item()
+                totals.append((policy - answer_sums(token_logprobs(reference, other)[0], other)).sum())
         model.train(was_training)
-        return max(0.0, total / work.count)
+        return max(0.0, sum(fetch(totals)) / work.count)
 
     def _losses(self, rows: AnswerRows, batch: AnswerBatch, ratio: Tensor, kl: float) -> tuple[Tensor, Tensor, Tensor]:
         r, all_of_them = self.recipe, rows.preferences.desirable
         assert all_of_them is not None
-        desirable = torch.from_numpy(all_of_them[batch.members])
+        desirable = sent(torch.from_numpy(all_of_them[batch.members]), self.device)
         losses, rewards = kto_loss(
             ratio, desirable, kl, beta=r.beta, desirable_weight=r.desirable_weight,
             undesirable_weight=r.undesirable_weight, loss=r.loss,
@@ -107,24 +108,31 @@ class Kto(AnswerMethod):
     def share_of_loss(self, model: Any, rows: AnswerRows, work: Work, index: int) -> tuple[Tensor, Metrics]:
         if index == 0:
             work.extra["kl"] = self.kl(model, rows, work)
-            work.extra["sums"] = torch.zeros(2, 2, dtype=torch.float64)  # (good, bad) x (rewards, number)
+            work.extra["sums"] = [0.0, 0.0]  # of the rewards of good and bad answers
+            work.extra["counts"] = [0, 0]
         batch, kl = work.micro_batches[index], work.extra["kl"]
         reference = self.reference_logps(model, rows, batch)
         hidden = predicting(model, batch)
         logprob, entropy, _ = token_logprobs(model, batch, entropy=True, rows=hidden)
-        logits, lengths = self.mean_logits(model, hidden), torch.tensor(batch.lengths)
+        logits, lengths = self.mean_logits(model, hidden), np.array(batch.lengths)
         policy = answer_sums(logprob, batch)
         losses, rewards, desirable = self._losses(rows, batch, policy - reference, kl)
-        metrics: Metrics = {"kl": (kl, 1), "entropy": (entropy.detach().sum().item(), len(entropy))}
-        for side, (name, mask) in enumerate((("chosen", desirable), ("rejected", ~desirable))):
-            count = int(mask.sum())
-            metrics[f"rewards/{name}"] = (rewards[mask].sum().item(), count)
-            metrics[f"logps/{name}"] = (policy.detach()[mask].sum().item(), count)
+        metrics: Metrics = {"kl": (kl, 1), "entropy": (entropy.detach().sum(), len(entropy))}
+        sums, counts = work.extra["sums"], work.extra["counts"]
+        assert rows.preferences.desirable is not None
+        right = rows.preferences.desirable[batch.members]
+        for side, (name, mask, of) in enumerate((("chosen", desirable, right), ("rejected", ~desirable, ~right))):
+            count = int(of.sum())
+            metrics[f"rewards/{name}"] = (masked_sum(rewards, mask), count)
+            metrics[f"logps/{name}"] = (masked_sum(policy.detach(), mask), count)
             if logits is not None:
-                tokens = int(lengths[mask].sum())
-                metrics[f"logits/{name}"] = (answer_sums(logits, batch)[mask].sum().item(), tokens)
-            work.extra["sums"][side] += torch.tensor([rewards[mask].sum().item(), count])
-        good, bad = work.extra["sums"]
-        if index + 1 == len(work.micro_batches) and good[1] and bad[1]:
-            work.metrics["rewards/margins"] = (good[0] / good[1] - bad[0] / bad[1]).item()
+                metrics[f"logits/{name}"] = (masked_sum(answer_sums(logits, batch), mask), int(lengths[of].sum()))
+            sums[side], counts[side] = sums[side] + masked_sum(rewards, mask), counts[side] + count
+        if index + 1 == len(work.micro_batches) and all(counts):
+            work.metrics["rewards/margins"] = sums[0] / counts[0] - sums[1] / counts[1]
         return losses.sum() / work.count, metrics
+
+
+def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """x summed where mask is True. (To select first would ask the device how many there are.)"""
+    return torch.where(mask, x, 0.0).sum()

@@ -26,11 +26,14 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from enginepost.device import fetch
 from enginepost.recipe import Recipe
 from enginepost.train import weights
 
-Metrics = dict[str, tuple[float, float]]
-"""Name -> (sum, count): the mean over a whole step is the sum of sums over the sum of counts, however it was cut."""
+Number = float | Tensor
+Metrics = dict[str, tuple[Number, Number]]
+"""Name -> (sum, count): the mean over a whole step is the sum of sums over the sum of counts, however it was cut. Scalars on the
+device stay there until the end of the step: to look at one would wait for the device."""
 
 
 class MicroBatch(Protocol):
@@ -46,13 +49,14 @@ class Work:
 
     count: what the sum of losses is divided by (trained tokens, pairs), over all micro-batches. epoch: passed at its end.
     metrics: of the step as a whole, where a mean over micro-batches would be wrong; they go to metrics.jsonl as they are.
+    The tensors of micro-batches are on the model's device, but for those that their class keeps on the host.
     """
 
     micro_batches: list[Any]  # of MicroBatch
     count: int
     epoch: float
     ends_epoch: bool
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, Number] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)  # what the micro-batches of the step share
 
     @property
@@ -69,6 +73,7 @@ class Method:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        self.device = weights.device_of(recipe)
         self.modules: dict[str, nn.Module] = {}  # trained beside the model; their tensors are kept in checkpoints
 
     def attach(self, model: Any) -> None:
@@ -118,11 +123,14 @@ class Method:
 
 def add_metrics(total: Metrics, share: Metrics) -> None:
     """Add the sums and counts of `share` to `total`."""
-    for name, (value, count) in share.items():
+    for name, pair in share.items():
         before = total.get(name, (0.0, 0.0))
+        value, count = (x.detach().double() if isinstance(x, Tensor) else x for x in pair)
         total[name] = (before[0] + value, before[1] + count)
 
 
 def mean_metrics(total: Metrics, prefix: str = "") -> dict[str, float]:
     """The means. A metric that nothing was counted for is left out (accuracy of a step without a pair)."""
-    return {f"{prefix}{n}": value / count for n, (value, count) in total.items() if count and not math.isnan(value)}
+    numbers = iter(fetch([x for pair in total.values() for x in pair]))
+    found = {name: (next(numbers), next(numbers)) for name in total}
+    return {f"{prefix}{n}": value / count for n, (value, count) in found.items() if count and not math.isnan(value)}

@@ -71,7 +71,7 @@ class Online(Method):
         self.rollout: Rollout | None = None
         self.judges = rewards.load(
             recipe.rewards, self.tokenizer, vocab_size=self.spec.vocab_size, template=recipe.template,
-            dtype=torch.bfloat16 if recipe.dtype == "bf16" else torch.float32,
+            dtype=torch.bfloat16 if recipe.dtype == "bf16" else torch.float32, device=self.device,
         )  # fmt: skip
         self.reference: Reference | None = None
 
@@ -127,7 +127,7 @@ class Online(Method):
         last = inner == self.per_rollout - 1
         epoch = before + (after - before) * (inner + 1) / self.per_rollout
         return OnlineWork(
-            packs(self.rollout, self.prompts, kept, recipe) if len(kept) else [],
+            packs(self.rollout, self.prompts, kept, recipe, self.device) if len(kept) else [],
             count=int(self.rollout.completions[torch.from_numpy(kept)].sum()),
             epoch=epoch,
             ends_epoch=last and math.floor(after) > math.floor(before),

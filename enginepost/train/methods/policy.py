@@ -79,15 +79,15 @@ class Grouped(Online):
     def loss(self, model: Any, work: Any, index: int) -> tuple[Tensor, Metrics]:
         recipe, batch, rollout = self.recipe, work.micro_batches[index], work.rollout
         logprob, entropy, _ = token_logprobs(model, batch, recipe.temperature, entropy=True)
-        advantages = rollout.tokens["advantages"][batch.where]
-        old = rollout.tokens["old"][batch.where] if self.per_rollout > 1 else logprob.detach()
+        advantages = rollout.of("advantages", batch)
+        old = rollout.of("old", batch) if self.per_rollout > 1 else logprob.detach()
         ratio = log_ratio(logprob, old, batch.completions, self.level)
         each = self.each(logprob, ratio, advantages)
         metrics = policy_metrics(rollout, batch, logprob, entropy)
         if "ref" in rollout.tokens and not self.kl_in_reward():
-            kl = kl_estimate(logprob, rollout.tokens["ref"][batch.where], recipe.kl_estimator)
+            kl = kl_estimate(logprob, rollout.of("ref", batch), recipe.kl_estimator)
             each = each + recipe.beta * kl
-            metrics["kl"] = (kl.detach().double().sum().item(), len(kl))
+            metrics["kl"] = (kl.detach().double().sum(), len(kl))
         weights = token_weights(
             batch.completions, self.aggregate, completions=work.completions, tokens=work.count,
             max_length=recipe.max_completion_length,
@@ -189,10 +189,10 @@ class Rloo(Grouped):
 def policy_metrics(rollout: Rollout, batch: Pack, logprob: Tensor, entropy: Tensor) -> Metrics:
     """Entropy, and how far sampling and training are from the same log-probabilities (rounding, at the first step of a roll-out)."""
     count = len(logprob)
-    apart = (logprob.detach() - rollout.tokens["sampled"][batch.where]).abs()
+    apart = (logprob.detach() - rollout.of("sampled", batch)).abs()
     return {
-        "entropy": (entropy.detach().double().sum().item(), count),
-        "sampling/sampling_logp_difference/mean": (apart.double().sum().item(), count),
+        "entropy": (entropy.detach().double().sum(), count),
+        "sampling/sampling_logp_difference/mean": (apart.double().sum(), count),
     }
 
 
@@ -200,7 +200,7 @@ def clip_metrics(low: Tensor, high: Tensor) -> Metrics:
     """Share of tokens whose ratio left the trust region."""
     count = len(low)
     return {
-        "clip_ratio/low_mean": (float(low.sum()), count),
-        "clip_ratio/high_mean": (float(high.sum()), count),
-        "clip_ratio/region_mean": (float((low | high).sum()), count),
+        "clip_ratio/low_mean": (low.sum(), count),
+        "clip_ratio/high_mean": (high.sum(), count),
+        "clip_ratio/region_mean": ((low | high).sum(), count),
     }

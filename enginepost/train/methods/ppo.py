@@ -94,36 +94,36 @@ class Ppo(Online):
         rollout.tokens |= {"old": torch.zeros(count), "values": torch.zeros(count)}
         training = model.training
         model.eval()
-        for batch in packs(rollout, self.prompts, np.arange(len(rollout)), self.recipe):
+        for batch in packs(rollout, self.prompts, np.arange(len(rollout)), self.recipe, self.device):
             logprob, _, hidden = token_logprobs(model, batch, self.recipe.temperature)
-            rollout.tokens["old"][batch.where] = logprob
-            rollout.tokens["values"][batch.where] = self.head(hidden)
+            rollout.tokens["old"][batch.where] = logprob.cpu()
+            rollout.tokens["values"][batch.where] = self.head(hidden).cpu()
         model.train(training)
 
     def loss(self, model: Any, work: Any, index: int) -> tuple[Tensor, Metrics]:
-        recipe, batch, tokens = self.recipe, work.micro_batches[index], work.rollout.tokens
+        recipe, batch, rollout = self.recipe, work.micro_batches[index], work.rollout
         logprob, entropy, hidden = token_logprobs(model, batch, recipe.temperature, entropy=True)
-        old, advantages, returns = (tokens[name][batch.where] for name in ("old", "advantages", "returns"))
-        before = tokens["values"][batch.where]
+        names = ("old", "advantages", "returns", "values")
+        old, advantages, returns, before = (rollout.of(name, batch) for name in names)
         ratio = logprob - old
         policy = clipped_loss(ratio, advantages, epsilon=recipe.epsilon)
         values = self.head(hidden)
         value = value_loss(values, before, returns, clip=recipe.value_clip)
         each = policy + recipe.value_coef * value
         if recipe.kl_in == "loss" and self.kl_coef:
-            each = each + self.kl_coef * kl_estimate(logprob, tokens["ref"][batch.where], recipe.kl_estimator)
+            each = each + self.kl_coef * kl_estimate(logprob, rollout.of("ref", batch), recipe.kl_estimator)
         loss = each.sum(dtype=torch.float64) / work.count
         if recipe.entropy_coef:
             loss = loss - recipe.entropy_coef * entropy.double().sum() / work.count
         count = len(logprob)
         low, high = clipped_tokens(ratio, advantages, epsilon=recipe.epsilon)
-        metrics = policy_metrics(work.rollout, batch, logprob, entropy) | clip_metrics(low, high)
-        held = 0.0 if recipe.value_clip is None else float(((values - before).abs() > recipe.value_clip).sum())
+        metrics = policy_metrics(rollout, batch, logprob, entropy) | clip_metrics(low, high)
+        held = 0.0 if recipe.value_clip is None else ((values - before).abs() > recipe.value_clip).sum()
         return loss, metrics | {
-            "policy_loss": (policy.detach().double().sum().item(), count),
-            "value_loss": (value.detach().double().sum().item(), count),
+            "policy_loss": (policy.detach().double().sum(), count),
+            "value_loss": (value.detach().double().sum(), count),
             "value_clip_ratio": (held, count),
-            "approx_kl": (ratio.detach().double().square().sum().item() / 2, count),
+            "approx_kl": (ratio.detach().double().square().sum() / 2, count),
         }
 
     def updated(self, model: Any, work: Any) -> None:

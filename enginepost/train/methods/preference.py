@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from enginepost.data.pairs import AnswerBatch
+from enginepost.device import placed, sent, tensor
 from enginepost.recipe import Recipe
 from enginepost.recipe_offline import CpoRecipe, DpoRecipe, OrpoRecipe, SimpoRecipe
 from enginepost.train.answer_rows import AnswerRows
@@ -35,18 +36,18 @@ def pair_metrics(
     pairs = len(chosen)
     ends = policy.detach()
     metrics: Metrics = {
-        "rewards/chosen": (chosen.sum().item(), pairs),
-        "rewards/rejected": (rejected.sum().item(), pairs),
-        "rewards/margins": ((chosen - rejected).sum().item(), pairs),
-        "rewards/accuracies": ((chosen > rejected).sum().item(), pairs),
-        "logps/chosen": (ends[0::2].sum().item(), pairs),
-        "logps/rejected": (ends[1::2].sum().item(), pairs),
-        "entropy": (entropy.detach().sum().item(), len(entropy)),
+        "rewards/chosen": (chosen.sum(), pairs),
+        "rewards/rejected": (rejected.sum(), pairs),
+        "rewards/margins": ((chosen - rejected).sum(), pairs),
+        "rewards/accuracies": ((chosen > rejected).sum(), pairs),
+        "logps/chosen": (ends[0::2].sum(), pairs),
+        "logps/rejected": (ends[1::2].sum(), pairs),
+        "entropy": (entropy.detach().sum(), len(entropy)),
     }
     if logits is not None:
         sums = answer_sums(logits, batch)
         for side, name in enumerate(("chosen", "rejected")):
-            metrics[f"logits/{name}"] = (sums[side::2].sum().item(), sum(batch.lengths[side::2]))
+            metrics[f"logits/{name}"] = (sums[side::2].sum(), sum(batch.lengths[side::2]))
     return metrics
 
 
@@ -103,7 +104,7 @@ class Dpo(AnswerMethod):
     def reference_logps(self, model: Any, rows: AnswerRows, batch: AnswerBatch) -> Tensor:
         kept = self.caches.get(id(rows.preferences))
         if kept is not None:
-            return kept.view(-1, 2)[batch.members].flatten()
+            return sent(kept.view(-1, 2)[batch.members].flatten(), self.device)
         assert self.reference is not None
         with self.reference.policy(model) as reference:
             return self.logps(batch, token_logprobs(reference, batch)[0])
@@ -111,7 +112,7 @@ class Dpo(AnswerMethod):
     def pairs_loss(
         self, batch: AnswerBatch, policy: Tensor, reference: Tensor, loss: dict[str, float], **more: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        r, tokens = self.recipe, torch.tensor(batch.lengths)
+        r, tokens = self.recipe, tensor(batch.lengths, self.device)
         return dpo_loss(
             policy[0::2], policy[1::2], reference[0::2], reference[1::2], beta=r.beta, loss=loss,
             label_smoothing=r.label_smoothing, f_divergence=r.f_divergence, f_alpha=r.f_alpha, discopop_tau=r.discopop_tau,
@@ -150,8 +151,8 @@ def precomputed(method: Any, model: Any, rows: AnswerRows) -> Tensor:
     logps = torch.zeros(shape, dtype=torch.float64)
     places = logps.view(-1, rows.each)
     for members in method.planned(dataset):
-        batch = dataset.batch(members)
-        places[batch.members] = method.reference_logps(model, dataset, batch).view(-1, rows.each)
+        batch = placed(dataset.batch(members), model.device)
+        places[batch.members] = method.reference_logps(model, dataset, batch).view(-1, rows.each).cpu()
     write_cache(path, logps)
     print(f"reference log-probabilities of {len(rows.preferences)} records written to {path}", flush=True)
     return logps
@@ -167,13 +168,13 @@ class Orpo(AnswerMethod):
         hidden = predicting(model, batch)
         logprob, entropy, _ = token_logprobs(model, batch, entropy=True, rows=hidden)
         sums = answer_sums(logprob, batch)
-        mean = sums / torch.tensor(batch.lengths)
+        mean = sums / tensor(batch.lengths, self.device)
         nll = -sums[0::2] * (work.count / chosen_tokens(work))
         losses, odds = orpo_loss(mean[0::2], mean[1::2], nll, beta=self.recipe.beta)
         rewards = self.recipe.beta * mean.detach()
         metrics = pair_metrics(rewards[0::2], rewards[1::2], mean, entropy, self.mean_logits(model, hidden), batch)
-        metrics["nll_loss"] = (-sums[0::2].sum().item(), sum(batch.lengths[0::2]))
-        metrics["log_odds_chosen"] = (odds.sum().item(), len(odds))
+        metrics["nll_loss"] = (-sums.detach()[0::2].sum(), sum(batch.lengths[0::2]))
+        metrics["log_odds_chosen"] = (odds.sum(), len(odds))
         return losses.sum() / work.count, metrics
 
 
@@ -187,7 +188,7 @@ class Contrastive(AnswerMethod):
         hidden = predicting(model, batch)
         logprob, entropy, _ = token_logprobs(model, batch, entropy=True, rows=hidden)
         sums = answer_sums(logprob, batch)
-        mean = sums / torch.tensor(batch.lengths)
+        mean = sums / tensor(batch.lengths, self.device)
         nll = -sums[0::2] * (work.count / chosen_tokens(work))
         if isinstance(r, SimpoRecipe):
             policy = mean
@@ -200,5 +201,5 @@ class Contrastive(AnswerMethod):
             )  # fmt: skip
         rewards = r.beta * policy.detach()
         metrics = pair_metrics(rewards[0::2], rewards[1::2], policy, entropy, self.mean_logits(model, hidden), batch)
-        metrics["nll_loss"] = (-sums[0::2].sum().item(), sum(batch.lengths[0::2]))
+        metrics["nll_loss"] = (-sums.detach()[0::2].sum(), sum(batch.lengths[0::2]))
         return losses.sum() / work.count, metrics

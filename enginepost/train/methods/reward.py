@@ -14,6 +14,7 @@ from enginepost.data import Tokenizer
 from enginepost.data.chat import resolve
 from enginepost.data.pairs import AnswerBatch
 from enginepost.data.preferences import Kind
+from enginepost.device import sent
 from enginepost.model.scorer import head_scores, new_head, save_scorer
 from enginepost.model.shared import Copies, take
 from enginepost.recipe_offline import PrmRecipe, RewardRecipe
@@ -36,7 +37,7 @@ class _Scoring(AnswerMethod):
 
     def scores(self, model: Any, batch: AnswerBatch, rows: Tensor) -> Tensor:
         """float32 `[N, labels]` at rows of the stream."""
-        return head_scores(model, self.head, take(hidden_states(model, batch), Copies(rows)))
+        return head_scores(model, self.head, take(hidden_states(model, batch), Copies(rows, model.device)))
 
     def save_result(self, model: Any, directory: pathlib.Path) -> None:
         tokenizer = Tokenizer.load(self.recipe.model)
@@ -57,16 +58,17 @@ class Reward(_Scoring):
         batch = work.micro_batches[index]
         rewards = self.scores(model, batch, batch.last).squeeze(1).double()
         margins = rows.preferences.margins
-        margin = None if margins is None else torch.from_numpy(margins[batch.members])
+        margin = None if margins is None else sent(torch.from_numpy(margins[batch.members]), self.device)
         losses = reward_loss(rewards[0::2], rewards[1::2], margin, centring=self.recipe.centring)
         seen = rewards.detach()
         difference = seen[0::2] - seen[1::2]
-        low, high = work.metrics.get("min_reward", seen.min().item()), work.metrics.get("max_reward", seen.max().item())
-        work.metrics |= {"min_reward": min(low, seen.min().item()), "max_reward": max(high, seen.max().item())}
+        worst, best = (work.extra.get(name, seen) for name in ("worst", "best"))
+        work.extra |= {"worst": torch.minimum(worst.min(), seen.min()), "best": torch.maximum(best.max(), seen.max())}
+        work.metrics |= {"min_reward": work.extra["worst"], "max_reward": work.extra["best"]}
         metrics: Metrics = {
-            "accuracy": ((difference > 0).sum().item(), len(difference)),
-            "margin": (difference.sum().item(), len(difference)),
-            "mean_reward": (seen.sum().item(), len(seen)),
+            "accuracy": ((difference > 0).sum(), len(difference)),
+            "margin": (difference.sum(), len(difference)),
+            "mean_reward": (seen.sum(), len(seen)),
         }
         return losses.sum() / work.count, metrics
 
@@ -94,7 +96,7 @@ class Prm(_Scoring):
         classes, offsets = rows.preferences.classes, rows.preferences.dataset.offsets
         assert classes is not None
         spans = [classes[offsets[m] : offsets[m + 1]] for m in batch.members]
-        correct = torch.cat([torch.from_numpy(s[s >= 0] == 1) for s in spans])
+        correct = sent(torch.cat([torch.from_numpy(s[s >= 0] == 1) for s in spans]), self.device)
         losses = process_loss(logits, correct)
-        hits = (logits.detach().argmax(1) == correct.long()).sum().item()
+        hits = (logits.detach().argmax(1) == correct.long()).sum()
         return losses.sum() / work.count, {"accuracy": (hits, len(correct))}

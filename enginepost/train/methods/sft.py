@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from enginepost.data import plan_batches
+from enginepost.device import fetch, placed, sent
 from enginepost.errors import EnginepostError
 from enginepost.kernels.linear_logprob import linear_logprob
 from enginepost.recipe import Recipe
@@ -40,11 +41,13 @@ class Sft(Method):
         """The step that looks at these rows, by default of the training side. Raises EnginepostError when none of their tokens is
         trained on."""
         batches = [(rows or self.rows).batch(members) for members in micro_batches]
-        count = sum(int((b.targets != -100).sum()) for b in batches)
+        trained = [(b.targets != -100).nonzero().squeeze(1) for b in batches]
+        count = sum(map(len, trained))
         if count == 0:
             places = ", ".join(row for b in batches for row in b.rows)
             raise EnginepostError(f"no token of these rows is trained on: {places}")
-        return Work(batches, count, epoch, ends_epoch)
+        extra = {"trained": [sent(t, self.device) for t in trained]}  # rows of each stream that predict a trained token
+        return Work([placed(b, self.device) for b in batches], count, epoch, ends_epoch, extra=extra)
 
     def planned(self, rows: Rows) -> list[list[int]]:
         """Micro-batches that see each row once."""
@@ -57,21 +60,21 @@ class Sft(Method):
         logprob, _, entropy = linear_logprob(
             hidden, model.head_table, batch.targets, softcap=model.spec.final_softcap, entropy=True
         )
-        trained = int((batch.targets != -100).sum())
-        return sft_loss(logprob, work.count), {"entropy": (entropy.detach().sum().item(), trained)}
+        trained = len(work.extra["trained"][index])
+        return sft_loss(logprob, work.count), {"entropy": (entropy.detach().sum(), trained)}
 
     @torch.no_grad()
     def evaluate(self, model: Any) -> dict[str, float] | None:
         if self.validation is None:
             return None
-        plan = self.planned(self.validation)
         model.eval()
-        total, count = 0.0, 0
-        for micro in plan:
-            batch = self.validation.batch(micro)
+        losses, count = [], 0
+        for micro in self.planned(self.validation):
+            host = self.validation.batch(micro)
+            batch = placed(host, self.device)
             hidden = model.hidden(batch.ids, batch.cu_seqlens, batch.positions)
             logprob, _, _ = linear_logprob(hidden, model.head_table, batch.targets, softcap=model.spec.final_softcap)
-            total += sft_loss(logprob, 1).item()
-            count += int((batch.targets != -100).sum())
+            losses.append(sft_loss(logprob, 1))
+            count += int((host.targets != -100).sum())
         model.train()
-        return {"eval_loss": total / max(count, 1)}
+        return {"eval_loss": sum(fetch(losses)) / max(count, 1)}

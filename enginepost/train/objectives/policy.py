@@ -18,7 +18,7 @@ Layout: the tokens of S completions one after another, `[N]`, with `lengths` int
 al. 2025 (GSPO, 2507.18071); MiniMax 2025 (CISPO, 2506.13585); Ahmadian et al. 2024 (RLOO, 2402.14740).
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -42,7 +42,23 @@ def log_ratio(logprob: Tensor, old_logprob: Tensor, lengths: Tensor, level: Leve
     total = torch.segment_reduce(each, "sum", lengths=lengths, initial=0.0)
     if level == "sequence":
         total = total / lengths.clamp(min=1)
-    return total.repeat_interleave(lengths)
+    spread: Tensor = _Spread.apply(total, lengths, len(each))
+    return spread
+
+
+class _Spread(torch.autograd.Function):
+    """x `[S]` at every token of its completion, `[N]`. (The gradient of repeat_interleave would be added up in any order on a
+    GPU.)"""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, lengths: Tensor, tokens: int) -> Tensor:
+        ctx.save_for_backward(lengths)
+        return x.repeat_interleave(lengths, output_size=tokens)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (lengths,) = ctx.saved_tensors
+        return torch.segment_reduce(gradients[0], "sum", lengths=lengths, initial=0.0), None, None
 
 
 def clipped_loss(
