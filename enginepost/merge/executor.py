@@ -116,9 +116,12 @@ def _make(
     else:
         inputs = _placed(recipe, task, limit, seed)
         inputs.shared, inputs.spare = shared, limit.spare
-        for start, piece in merged_chunks(
-            recipe.method, inputs, task.parameters, task.dtype, lambda c: inputs.finite or _check(task, c)
-        ):
+
+        def check(chunk: Chunk) -> None:
+            if not inputs.finite:
+                _check(task, chunk)
+
+        for start, piece in merged_chunks(recipe.method, inputs, task.parameters, task.dtype, check):
             digest.update(output.write(task.name, start, piece))
             if stop.is_set():
                 return
