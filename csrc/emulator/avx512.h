@@ -17,7 +17,7 @@ namespace avx512_emulated {
 typedef int32_t Ints __attribute__((vector_size(64)));
 
 template <class To, class From>
-static inline To cast(From x) {
+static inline To cast(const From &x) {
   To to;
   std::memset(&to, 0xff, sizeof to);
   std::memcpy(&to, &x, sizeof x < sizeof to ? sizeof x : sizeof to);
