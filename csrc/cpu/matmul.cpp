@@ -14,7 +14,8 @@
 //
 // Every element is summed in an order that depends on k alone, by one thread, so results depend neither on the blocking nor on the
 // thread count. Runs of up to DEPTH products are summed on their own and then added up, which keeps the rounding error of a long
-// sum down.
+// sum down; a2 b2 has runs of its own, so that c is the same to the bit without it as with an a2 of zeros. What is zero at the ends
+// of a panel of b2 is left out: in a fused projection b2 has the updates of its matrices on diagonal blocks.
 //
 // A weight in 4 bits (b alone) is decoded where bfloat16 would be widened: in the copy into panels, so that no more of it than a
 // block is ever held as numbers.
@@ -45,6 +46,7 @@ struct Matmul {
   int64_t c_row, m, n;
   bool c_bf16, accumulate;
   float *workspace;
+  bool turned = false;  // c^T is wanted: row i of the product is column i of c
 };
 
 constexpr int64_t A_BYTES = 32 << 20;  // packed rows of a at a time
@@ -52,6 +54,7 @@ constexpr int64_t B_BYTES = 3 << 18;   // one thread's packed block of b: well i
 constexpr int64_t A_ALIGN = 14 * 6 * 4, B_ALIGN = 32;  // multiples of every instruction set's tile
 constexpr int64_t DEPTH = 512;                         // products in one run, at most
 constexpr int64_t FEW_ROWS = 16, FEW_ALIGN = 16;       // rows that are not packed, and what their depth is padded to
+constexpr int64_t FEW_COLS = 64;                       // columns up to which a product may be turned (see `turn`)
 
 static inline int64_t blocked(int64_t extent, int64_t depth, int64_t bytes, int64_t align) {
   int64_t limit = bytes / 4 / (depth > 0 ? depth : 1) / align * align;
@@ -59,6 +62,11 @@ static inline int64_t blocked(int64_t extent, int64_t depth, int64_t bytes, int6
   const int64_t all = (extent + align - 1) / align * align;
   return all < limit ? all : limit;
 }
+struct Filled {
+  int64_t first, last;
+};
+// What one thread packs of b, in floats: its block, and for each panel (of 8 columns at least) which lines are filled.
+static inline int64_t block_floats(int64_t cols, int64_t depth) { return cols * depth + cols / 8 * int64_t(sizeof(Filled) / 4); }
 static inline int64_t block_rows(int64_t m, int64_t depth) { return blocked(m, depth, A_BYTES, A_ALIGN); }
 static inline int64_t block_cols(int64_t n, int64_t depth) { return blocked(n, depth, B_BYTES, B_ALIGN); }
 
@@ -77,7 +85,17 @@ static_assert(A_ALIGN % MR == 0 && B_ALIGN % NR == 0, "blocks hold whole panels"
 template <int WIDTH, class T>
 static void pack_panel(const T *source, int64_t line_stride, int64_t k_stride, int count, int64_t k, float *panel) {
   if (line_stride == 1) {
-    for (int64_t p = 0; p < k; p++, source += k_stride, panel += WIDTH) {
+    int64_t p = 0;
+    if (count == WIDTH) {
+      // Whole vectors, as masks are slow on some processors: the next line overwrites what is written beyond a line of the panel,
+      // and what is read beyond a line of the source lies before the end of the last one.
+      constexpr int64_t WHOLE = (WIDTH + N - 1) / N * N;
+      const int64_t end = WHOLE == WIDTH ? k : k - 1;
+      for (; p < end && (k - 1 - p) * k_stride + WIDTH >= WHOLE; p++, source += k_stride, panel += WIDTH) {
+        for (int i = 0; i < WIDTH; i += N) store(panel + i, load(source + i));
+      }
+    }
+    for (; p < k; p++, source += k_stride, panel += WIDTH) {
       for (int i = 0; i < WIDTH; i += N) {
         const int width = WIDTH - i < N ? WIDTH - i : N, left = count - i < width ? count - i : width;
         put(panel + i, left <= 0 ? zero() : get(source + i, left), width);
@@ -132,13 +150,44 @@ static void pack(const MatrixView *inputs, bool rows, const int64_t *depth, int6
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t chunks(int64_t extent, int64_t size) { return (extent + size - 1) / size; }
 
-// c tile (rows, cols) (+)= a panel (k, MR) times b panel (k, NR).
+// Lines of a panel (k, NR) that are not zero: those before first and from last on are.
+static inline Filled filled(const float *panel, int64_t k) {
+  const auto empty = [&](int64_t p) {
+    for (int i = 0; i < NR; i++) {
+      if (panel[p * NR + i] != 0.f) return false;
+    }
+    return true;
+  };
+  Filled lines{0, k};
+  while (lines.first < k && empty(lines.first)) lines.first++;
+  while (lines.last > lines.first && empty(lines.last - 1)) lines.last--;
+  return lines;
+}
+
+// c tile (rows, cols) (+)= a panel (k, MR) times b panel (k, NR), k both depths, of the second only the filled lines; with `turned`
+// it is c that has cols rows.
 template <class C>
-static inline void tile(int64_t k, const float *a, const float *b, C *c, int64_t c_row, int rows, int cols, bool accumulate) {
+static inline void tile(const int64_t *depth, const Filled &second, const float *a, const float *b, C *c, int64_t c_row, int rows,
+                        int cols, bool accumulate, bool turned) {
   alignas(64) float sum[MR * NR];
-  const int64_t runs = chunks(k, DEPTH), run = runs > 0 ? chunks(k, runs) : 0;
-  micro<1, MR, false>(run, a, b, NR, sum, NR);
-  for (int64_t p = run; p < k; p += run) micro<1, MR, true>(least(run, k - p), a + p * MR, b + p * NR, NR, sum, NR);
+  bool begun = false;
+  for (int part = 0; part < 2; part++) {
+    if (part == 1) a += second.first * MR, b += second.first * NR;
+    const int64_t k = part == 0 ? depth[0] : second.last - second.first;
+    const int64_t runs = chunks(k, DEPTH), run = runs > 0 ? chunks(k, runs) : 0;
+    for (int64_t p = 0; p < k; p += run, begun = true) {
+      const int64_t steps = least(run, k - p);
+      begun ? micro<1, MR, true>(steps, a, b, NR, sum, NR) : micro<1, MR, false>(steps, a, b, NR, sum, NR);
+      a += steps * MR, b += steps * NR;
+    }
+  }
+  if (!begun) micro<1, MR, false>(0, a, b, NR, sum, NR);
+  if (turned) {
+    for (int j = 0; j < cols; j++, c += c_row) {
+      for (int i = 0; i < rows; i++) from_float(accumulate ? to_float(c[i]) + sum[i * NR + j] : sum[i * NR + j], c + i);
+    }
+    return;
+  }
   for (int i = 0; i < rows; i++, c += c_row) {
     const float *line = sum + i * NR;
     each(cols, [&](int64_t j, int n) { put(c + j, accumulate ? get(c + j, n) + get(line + j, N) : get(line + j, N), n); });
@@ -150,6 +199,7 @@ static void product(const Matmul &g) {
   const int64_t k = g.depth[0] + g.depth[1], threads = num_threads();
   const int64_t m_step = block_rows(g.m, k), n_step = block_cols(g.n, k);
   float *pack_a = g.workspace, *pack_b = pack_a + m_step * k;
+  Filled *lines = reinterpret_cast<Filled *>(pack_b + threads * n_step * k);
   for (int64_t m0 = 0; m0 < g.m; m0 += m_step) {
     const int64_t m1 = least(m0 + m_step, g.m), panels = chunks(m1 - m0, MR);
     parallel_for(chunks(panels, 4), [&](int64_t task, int) {
@@ -166,13 +216,19 @@ static void product(const Matmul &g) {
     parallel_for(row_tasks * col_tasks, [&](int64_t task, int thread) {
       const int64_t n0 = task / row_tasks * cols, n1 = least(n0 + cols, g.n), first = task % row_tasks * row_panels;
       float *mine = pack_b + thread * n_step * k;
-      for (int64_t j = n0; j < n1; j += NR) pack<NR>(g.b, false, g.depth, j, n1, mine + (j - n0) * k);
+      Filled *second = lines + thread * (n_step / NR);
+      for (int64_t j = n0; j < n1; j += NR) {
+        float *panel = mine + (j - n0) * k;
+        pack<NR>(g.b, false, g.depth, j, n1, panel);
+        second[(j - n0) / NR] = filled(panel + g.depth[0] * NR, g.depth[1]);
+      }
       for (int64_t i = first; i < least(panels, first + row_panels); i++) {
         const int64_t row = m0 + i * MR;
-        C *c = reinterpret_cast<C *>(g.c) + row * g.c_row;
+        C *c = reinterpret_cast<C *>(g.c) + (g.turned ? row : row * g.c_row);
+        const int64_t c_col = g.turned ? g.c_row : 1;
         for (int64_t j = n0; j < n1; j += NR) {
-          tile(k, pack_a + i * MR * k, mine + (j - n0) * k, c + j, g.c_row, int(least(MR, m1 - row)), int(least(NR, n1 - j)),
-               g.accumulate);
+          tile(g.depth, second[(j - n0) / NR], pack_a + i * MR * k, mine + (j - n0) * k, c + j * c_col, g.c_row,
+               int(least(MR, m1 - row)), int(least(NR, n1 - j)), g.accumulate, g.turned);
         }
       }
     });
@@ -251,8 +307,22 @@ static void few_product(const Matmul &g) {
   });
 }
 
+// c^T = b^T a^T for the products of a backward pass that have many rows, few columns and an a whose rows lie across (dy^T s, x^T
+// ds): copied into panels of MR lines it would be cut into pieces that fill no vector, and as b^T it is copied in whole ones.
+static bool turn(const Matmul &g, Matmul &t) {
+  if (g.n > FEW_COLS || g.m <= g.n || g.depth[1] > 0 || g.a[0].row != 1 || g.a[0].col == 1 || g.b[0].quantized != nullptr)
+    return false;
+  t = g;
+  t.m = g.n, t.n = g.m, t.turned = true;
+  t.a[0] = {g.b[0].data, g.b[0].col, g.b[0].row, g.b[0].bf16, nullptr};
+  t.b[0] = {g.a[0].data, g.a[0].col, g.a[0].row, g.a[0].bf16, nullptr};
+  return true;
+}
+
 void matmul(const Matmul &g) {
   if (few_rows(g)) return g.c_bf16 ? few_product<bf16>(g) : few_product<float>(g);
+  Matmul t;
+  if (turn(g, t)) return g.c_bf16 ? product<bf16>(t) : product<float>(t);
   g.c_bf16 ? product<bf16>(g) : product<float>(g);
 }
 
@@ -284,9 +354,13 @@ static bool strided(Tensor &out, const DLTensor *t, const char *fn, const char *
 }
 
 extern "C" int64_t ep_matmul_workspace_bytes(int64_t m, int64_t n, int64_t k) {
-  const int64_t packed = (block_rows(m, k) + block_cols(n, k) * int64_t(num_threads())) * k;
-  const int64_t few = m <= FEW_ROWS ? m * (k + 2 * FEW_ALIGN) : 0;
-  return (packed > few ? packed : few) * 4;
+  const auto packed = [&](int64_t rows, int64_t cols) {
+    return block_rows(rows, k) * k + block_floats(block_cols(cols, k), k) * int64_t(num_threads());
+  };
+  int64_t most = packed(m, n);
+  if (n <= FEW_COLS && packed(n, m) > most) most = packed(n, m);
+  if (m <= FEW_ROWS && m * (k + 2 * FEW_ALIGN) > most) most = m * (k + 2 * FEW_ALIGN);
+  return most * 4;
 }
 
 namespace {

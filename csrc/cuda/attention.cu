@@ -40,7 +40,10 @@ int attention_forward(const AttentionForward &a, void *stream) {
   const int64_t dim = a.shape.head_dim;
   x.q = rows_of(a.q, dim), x.k = rows_of(a.k, dim), x.v = rows_of(a.v, dim), x.out = rows_of(a.out, dim);
   x.lse = a.lse;
-  if (!decodes(x.shape)) return launch_forward(x, tile_family(device.compiled), stream);
+  if (!decodes(x.shape)) {
+    return device.wgmma && wgmma_takes(x) ? launch_forward_wgmma(x, stream)
+                                          : launch_forward(x, tile_family(device.compiled), stream);
+  }
   carve(x, a.workspace);
   return launch_decode(x, stream);
 }

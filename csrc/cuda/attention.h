@@ -217,6 +217,18 @@ inline int64_t carve(BackwardLaunch &x, void *workspace) {
 }
 
 int launch_forward(const ForwardLaunch &a, TileFamily family, void *stream);
+// The same for sm_90a (attention_forward_wgmma.cu), and whether it takes this problem: heads of 64 or 128 (or what is padded to
+// them), rows that TMA can read. A pure function of shape and strides.
+int launch_forward_wgmma(const ForwardLaunch &a, void *stream);
+inline bool wgmma_reads(const Rows &x, int64_t tokens, int64_t heads) {
+  return x.vector && tokens > 0 && (tokens == 1 || x.token > 0) && (heads == 1 || x.head > 0);
+}
+inline bool wgmma_takes(const ForwardLaunch &a) {
+  const Problem &s = a.shape;
+  const int dim = padded_head_dim(s.head_dim);
+  return (dim == 64 || dim == 128) && s.page_size == 0 && s.group <= 128 && wgmma_reads(a.q, s.tokens, s.heads) &&
+         wgmma_reads(a.k, s.keys, s.kv_heads) && wgmma_reads(a.v, s.keys, s.kv_heads);
+}
 int launch_decode(const ForwardLaunch &a, void *stream);
 int launch_backward(const BackwardLaunch &a, TileFamily family, void *stream);
 

@@ -1,6 +1,8 @@
 // See device.h. What a device is does not change, so it is asked for once.
 #include "device.h"
 
+#include <cstdlib>
+#include <cstring>
 #include <mutex>
 
 #include "launch.cuh"
@@ -8,12 +10,18 @@
 namespace ep {
 namespace cuda {
 
+// The kernels for sm_90a have not been on a GPU yet: they run where they are asked for.
+static bool wgmma_wanted() {
+  const char *value = std::getenv("ENGINEPOST_WGMMA");
+  return value != nullptr && std::strcmp(value, "1") == 0;
+}
+
 #if defined(EP_EMULATED)
 
 int current_device(Device &device) {
   const int architecture = emulator::card_architecture();
-  device = {architecture, emulator::card_multiprocessors(), block_shared(architecture), block_shared(architecture) + 1024,
-            architecture};
+  device = {architecture, emulator::card_multiprocessors(),    block_shared(architecture), block_shared(architecture) + 1024,
+            architecture, architecture == 90 && wgmma_wanted()};
   return EP_OK;
 }
 UseDevice::UseDevice(int) { (void)before_; }
@@ -22,6 +30,14 @@ UseDevice::~UseDevice() {}
 #else
 
 static __global__ void probe() {}  // compiled for the same architectures as every other kernel
+
+// Has shared memory where it was compiled for sm_90a: plain sm_90 has no wgmma, and ptxVersion is 90 for both.
+static __global__ void probe_90a() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  __shared__ volatile unsigned char mark[64];
+  mark[threadIdx.x % 64] = 1;
+#endif
+}
 
 int current_device(Device &device) {
   static std::mutex lock;
@@ -43,9 +59,12 @@ int current_device(Device &device) {
                   "this build has no CUDA kernels for compute capability %d.%d; build with CMAKE_CUDA_ARCHITECTURES=%d%d", major,
                   minor, major, minor);
     }
-    known[id] = {10 * major + minor, processors, of_block, of_processor, code.ptxVersion};
+    cudaFuncAttributes code_90a = {};
+    const bool wgmma = major == 9 && cudaFuncGetAttributes(&code_90a, probe_90a) == cudaSuccess && code_90a.sharedSizeBytes >= 64;
+    known[id] = {10 * major + minor, processors, of_block, of_processor, code.ptxVersion, wgmma};
   }
   device = known[id];
+  device.wgmma = device.wgmma && wgmma_wanted();
   if (device.architecture < 80) {
     return fail(EP_UNSUPPORTED, "the CUDA kernels need compute capability 8.0, this card has %d.%d", device.architecture / 10,
                 device.architecture % 10);

@@ -10,6 +10,7 @@ struct Device {
   int block_shared;     // bytes of shared memory that one block may have
   int shared;           // bytes of shared memory of a multiprocessor
   int compiled;  // the architecture that the code which runs on it was compiled for: kernels with tiles by architecture go by it
+  bool wgmma;    // kernels for sm_90a are at hand, and ENGINEPOST_WGMMA=1 asks for them
 };
 
 // The current device; an ep status.

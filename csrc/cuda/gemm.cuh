@@ -118,15 +118,15 @@ struct Reader {
   }
 };
 
-// The block's tile of c: groups of 8 tile rows, down the rows first, so that blocks that run together share tiles of a and b in L2.
+// Tile number `id` of c: groups of 8 tile rows, down the rows first, so that blocks that run together share tiles of a and b in L2.
 struct Place {
   int m0, n0;
 };
 template <class TILE>
-__device__ __forceinline__ Place place_of(const Problem &g) {
+__device__ __forceinline__ Place place_of(const Problem &g, int id) {
   constexpr int GROUP = 8;
   const int rows = (g.m + TILE::BM - 1) / TILE::BM, cols = (g.n + TILE::BN - 1) / TILE::BN;
-  const int id = int(blockIdx.x), group = id / (GROUP * cols), first = group * GROUP;
+  const int group = id / (GROUP * cols), first = group * GROUP;
   const int high = rows - first < GROUP ? rows - first : GROUP, at = id - group * GROUP * cols;
   return {(first + at % high) * TILE::BM, at / high * TILE::BN};
 }
@@ -136,7 +136,7 @@ __device__ __forceinline__ Place place_of(const Problem &g) {
 template <class T, class TILE, bool A_ACROSS, bool B_ACROSS, class EPILOGUE>
 __global__ void __launch_bounds__(TILE::THREADS, 2) product(const Problem g, const EPILOGUE epilogue) {
   constexpr int STAGES = TILE::STAGES, MB = TILE::MB, NB = TILE::NB;
-  const Place at = place_of<TILE>(g);
+  const Place at = place_of<TILE>(g, int(blockIdx.x));
   int rows = g.m;
   if (g.m_limit != nullptr && *g.m_limit - g.row0 < rows) rows = *g.m_limit - g.row0;
   if (at.m0 >= rows) return;

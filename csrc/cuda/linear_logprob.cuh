@@ -5,7 +5,8 @@
 // look at the count, and blocks that have nothing to do return.
 #pragma once
 
-#include "gemm.cuh"
+#include "device.h"
+#include "gemm_wgmma.cuh"
 #include "linear_logprob.h"
 
 #define EP_TRY(call)                          \
@@ -57,6 +58,20 @@ __device__ __forceinline__ float slope_of(float z, float cap) {
 }
 
 namespace {
+
+// The product that makes logits, and what becomes of them in its epilogue.
+template <class T, class EPILOGUE>
+int make_logits(const gemm::Problem &g, const EPILOGUE &epilogue, void *stream) {
+  Device device;
+  EP_TRY(current_device(device));
+  const int64_t tiles = ceil_div(g.m, LogitTile::BM) * ceil_div(g.n, LogitTile::BN);
+  if (tiles == 0) return EP_OK;
+  if (device.wgmma && gemm::wgmma_takes(g, false, false)) {
+    return gemm::start_wgmma<T, 256, false, false>(g, epilogue, 1, device.multiprocessors, stream);
+  }
+  return launch(&gemm::product<T, LogitTile, false, false, EPILOGUE>, dim3(unsigned(tiles)), LogitTile::THREADS,
+                LogitTile::SHARED_BYTES, stream, g, epilogue);
+}
 
 // rows: the positions of targets that count, in order; *count: how many. One block.
 __global__ void list_rows(const int64_t *targets, int64_t tokens, int *rows, int *count) {

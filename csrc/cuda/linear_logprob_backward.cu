@@ -214,11 +214,7 @@ int backward(const LogprobBackward &a, int multiprocessors, void *stream) {
     const bool aligned = reinterpret_cast<uintptr_t>(block) % 16 == 0 && p.weight_row % 8 == 0;
     g.segment[0] = {b.hidden, block, b.hidden_row, p.weight_row, width, true, aligned};
     g.segments = 1, g.m = int(p.tokens), g.n = int(entries), g.row0 = 0, g.m_limit = b.count, g.k_limit = nullptr;
-    const int64_t tiles = ceil_div(p.tokens, LogitTile::BM) * ceil_div(entries, LogitTile::BN);
-    if (tiles > 0) {
-      EP_TRY(launch(&gemm::product<T, LogitTile, false, false, Gradients>, dim3(unsigned(tiles)), LogitTile::THREADS,
-                    LogitTile::SHARED_BYTES, stream, g, Gradients{b.row, int(v0), p.softcap, b.g, b.g_row}));
-    }
+    EP_TRY(make_logits<T>(g, Gradients{b.row, int(v0), p.softcap, b.g, b.g_row}, stream));
     if (a.dhidden != nullptr) EP_TRY(gemm::run(hidden_product(a, b, v0, entries), multiprocessors, b.gemm, stream));
     if (a.dweight != nullptr) EP_TRY(gemm::run(weight_product(a, b, v0, entries), multiprocessors, b.gemm, stream));
   }

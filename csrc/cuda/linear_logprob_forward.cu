@@ -306,9 +306,7 @@ int forward(const LogprobForward &a, int multiprocessors, void *stream) {
     g.segment[0] = {b.hidden, weight, b.hidden_row, p.weight_row, width, true, aligned};
     g.segments = 1, g.m = int(chunk), g.n = int(p.vocab), g.row0 = int(row0), g.m_limit = b.count, g.k_limit = nullptr;
     const Logits logits{b.spans, p.targets, b.rows, int(row0), p.softcap, b.e, b.e_row};
-    const int64_t tiles = chunk / LogitTile::BM * (b.e_row / LogitTile::BN);
-    EP_TRY(launch(&gemm::product<T, LogitTile, false, false, Logits>, dim3(unsigned(tiles)), LogitTile::THREADS,
-                  LogitTile::SHARED_BYTES, stream, g, logits));
+    EP_TRY(make_logits<T>(g, logits, stream));
     EP_TRY(launch(&combine_spans, dim3(unsigned(ceil_div(chunk, 32))), 256, 5 * 8 * 32 * sizeof(float), stream, b.spans,
                   b.span_count, b.rows, b.count, row0, p.softcap, a.logprob, a.lse, a.entropy, b.row));
     if (a.direction == nullptr) continue;

@@ -4,6 +4,7 @@
 
 #include "device.h"
 #include "few_rows.cuh"
+#include "gemm_wgmma.cuh"
 
 namespace ep {
 namespace gemm {
@@ -142,8 +143,23 @@ int start(const Plan &plan, const Target &target, void *stream) {
   return start<T, Small, true, false>(plan, target, stream);
 }
 
+template <class T, int BN>
+int start_wgmma(const Plan &plan, const Target &target, int multiprocessors, void *stream) {
+  const Problem &g = plan.problem;
+  const int slices = plan.choice.slices;
+  if (plan.a_across) return start_wgmma<T, BN, true, true>(g, Store{target}, slices, multiprocessors, stream);
+  return plan.b_across ? start_wgmma<T, BN, false, true>(g, Store{target}, slices, multiprocessors, stream)
+                       : start_wgmma<T, BN, false, false>(g, Store{target}, slices, multiprocessors, stream);
+}
+
 template <class T>
-int start(const Plan &plan, const Target &target, void *stream) {
+int start(const Plan &plan, const Target &target, const cuda::Device &device, void *stream) {
+  const Problem &g = plan.problem;
+  if (device.wgmma && plan.choice.large && wgmma_takes(g, plan.a_across, plan.b_across)) {
+    return wgmma_columns(g.m, g.n, plan.choice.slices, device.multiprocessors) == 256
+               ? start_wgmma<T, 256>(plan, target, device.multiprocessors, stream)
+               : start_wgmma<T, 128>(plan, target, device.multiprocessors, stream);
+  }
   return plan.choice.large ? start<T, Large>(plan, target, stream) : start<T, Small>(plan, target, stream);
 }
 
@@ -201,7 +217,10 @@ int run(const Product &p, int multiprocessors, void *workspace, void *stream) {
   const bool c_aligned = reinterpret_cast<uintptr_t>(p.c) % 16 == 0 && p.c_row * size % 16 == 0;
   float *partial = plan.choice.slices > 1 ? reinterpret_cast<float *>(static_cast<char *>(workspace) + plan.partials) : nullptr;
   const Target target{p.c, p.c_row, p.c_kind, p.accumulate, c_aligned, p.alpha, partial};
-  status = plan.type == Kind::bf16 ? start<bf16>(plan, target, stream) : start<fp16>(plan, target, stream);
+  cuda::Device device;
+  status = cuda::current_device(device);
+  if (status != EP_OK) return status;
+  status = plan.type == Kind::bf16 ? start<bf16>(plan, target, device, stream) : start<fp16>(plan, target, device, stream);
   if (status != EP_OK || partial == nullptr) return status;
   const int64_t blocks = ceil_div(p.m * p.n, 256);
   return launch(&add_slices, dim3(unsigned(blocks < 4096 ? blocks : 4096)), 256, 0, stream, target, int(p.m), int(p.n),

@@ -53,6 +53,11 @@ struct Choice {
 };
 Choice choose(int64_t m, int64_t n, int64_t depth, int multiprocessors);
 
+// Columns of a tile of 128 rows where wgmma takes the place of the large tile (gemm_wgmma.cuh): 256 where such tiles fill the card.
+inline int wgmma_columns(int64_t m, int64_t n, int slices, int multiprocessors) {
+  return (m + 127) / 128 * ((n + 255) / 256) * slices >= multiprocessors ? 256 : 128;
+}
+
 int64_t workspace_bytes(const Product &p, int multiprocessors);
 // An ep status. The workspace is 64-byte aligned.
 int run(const Product &p, int multiprocessors, void *workspace, void *stream);

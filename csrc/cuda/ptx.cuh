@@ -19,10 +19,10 @@
 
 namespace ep {
 
-// The block's dynamic shared memory, of the size that launch() was given; aligned to 128 bytes.
+// The block's dynamic shared memory, of the size that launch() was given; aligned to 1024 bytes, as TMA's swizzle wants.
 template <class T>
 __device__ __forceinline__ T *shared_memory() {
-  extern __shared__ __align__(128) unsigned char ep_shared[];
+  extern __shared__ __align__(1024) unsigned char ep_shared[];
   return reinterpret_cast<T *>(ep_shared);
 }
 

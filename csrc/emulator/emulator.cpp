@@ -14,6 +14,7 @@
 #include "../cuda/device.h"
 #include "enginepost/core.h"
 #include "fiber.h"
+#include "hopper.h"
 #include "tensor.h"
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -25,6 +26,32 @@ namespace emulator {
 Thread *current = nullptr;
 Block block;
 Statistics statistics;
+
+namespace {
+
+uint64_t random_state = 1;
+
+}  // namespace
+
+uint32_t random_number() {  // xorshift64*
+  random_state ^= random_state >> 12, random_state ^= random_state << 25, random_state ^= random_state >> 27;
+  return uint32_t((random_state * 0x2545f4914f6cdd1dull) >> 32);
+}
+
+std::string lanes_of(uint32_t mask) {
+  std::string out;
+  for (int i = 0; i < WARP;) {
+    if (!(mask >> i & 1)) {
+      i++;
+      continue;
+    }
+    int j = i;
+    while (j + 1 < WARP && (mask >> (j + 1) & 1)) j++;
+    out += (out.empty() ? "" : ",") + std::to_string(i) + (j > i ? "-" + std::to_string(j) : "");
+    i = j + 1;
+  }
+  return out;
+}
 
 namespace {
 
@@ -68,7 +95,6 @@ struct Barrier {
 
 std::mutex launch_lock;
 Schedule schedule = Schedule::forward;
-uint64_t random_state = 1;
 int architecture = 80, multiprocessors = 4;
 
 std::vector<Lane> lanes;
@@ -80,13 +106,8 @@ char *shared_room = nullptr;
 bool stopped = false;
 void (*kernel_call)(void *) = nullptr;
 void *kernel_context = nullptr;
-char message[480];
+char message[640];
 int64_t waits = 0;  // of this block for others
-
-uint32_t random_number() {  // xorshift64*
-  random_state ^= random_state >> 12, random_state ^= random_state << 25, random_state ^= random_state >> 27;
-  return uint32_t((random_state * 0x2545f4914f6cdd1dull) >> 32);
-}
 
 // One of the set bits, by the schedule.
 int choose(uint32_t bits) {
@@ -95,21 +116,6 @@ int choose(uint32_t bits) {
   const unsigned turn = random_number() & 31;
   const uint32_t turned = turn == 0 ? bits : bits >> turn | bits << (32 - turn);
   return int((unsigned(__builtin_ctz(turned)) + turn) & 31);
-}
-
-std::string lanes_of(uint32_t mask) {
-  std::string out;
-  for (int i = 0; i < WARP;) {
-    if (!(mask >> i & 1)) {
-      i++;
-      continue;
-    }
-    int j = i;
-    while (j + 1 < WARP && (mask >> (j + 1) & 1)) j++;
-    out += (out.empty() ? "" : ",") + std::to_string(i) + (j > i ? "-" + std::to_string(j) : "");
-    i = j + 1;
-  }
-  return out;
 }
 
 void leave() {
@@ -133,6 +139,7 @@ void report_deadlock() {
     if (warps[w].gone != 0) text += "; warp " + std::to_string(w) + ": lanes " + lanes_of(warps[w].gone) + " have returned";
     if (text.size() > 300) break;
   }
+  text += hopper_waits();
   std::snprintf(message, sizeof message, "emulator: block (%u, %u, %u): deadlock%s", block.index.x, block.index.y, block.index.z,
                 text.c_str());
 }
@@ -179,6 +186,7 @@ void next_anywhere() {
 void begin() {
   arrived();
   kernel_call(kernel_context);
+  hopper_thread_returns();
   Warp &warp = warps[current->warp];
   warp.gone |= 1u << current->lane;
   next();
@@ -224,6 +232,7 @@ bool fences_stand() {
 void run_block(uint3 index) {
   block.index = index;
   lay_out_shared(block.shared_bytes);
+  hopper_block_begins();
   waits = 0;
   warps.assign((block.threads + WARP - 1) / WARP, Warp());
   for (Barrier &b : barriers) b = Barrier();
@@ -265,6 +274,18 @@ void stop(const char *format, ...) {
 }
 
 void stop_shuffle(int lane, uint32_t mask) { stop("shfl reads lane %d, which is not one of %s", lane, lanes_of(mask).c_str()); }
+
+void sleep_in(Waiting &waiting) {
+  waiting.lanes[current->warp] |= 1u << current->lane;
+  next();
+}
+
+void wake(Waiting &waiting) {
+  for (size_t w = 0; w < warps.size(); w++) warps[w].ready |= waiting.lanes[w];
+  waiting = Waiting();
+}
+
+Schedule running_schedule() { return schedule; }
 
 void give_way() {
   warps[current->warp].ready |= 1u << current->lane;

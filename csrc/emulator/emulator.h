@@ -13,6 +13,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 struct uint3 {
   unsigned x, y, z;
@@ -30,7 +31,7 @@ void set_schedule(Schedule schedule, uint64_t seed);
 
 // What launches since the last call did: a conflict is an extra pass over the banks of shared memory that an ldmatrix needs.
 struct Statistics {
-  int64_t launches, threads, mma, ldmatrix, ldmatrix_conflicts, cp_async, barriers;
+  int64_t launches, threads, mma, ldmatrix, ldmatrix_conflicts, cp_async, barriers, wgmma, tma;
 };
 extern Statistics statistics;
 
@@ -58,6 +59,17 @@ extern Block block;      // ... and its block
 
 // Stops the launch: the message begins with the thread that runs.
 [[noreturn]] void stop(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+// Threads that sleep until another one wakes them.
+struct Waiting {
+  uint32_t lanes[MAX_THREADS / WARP] = {};
+};
+void sleep_in(Waiting &waiting);
+void wake(Waiting &waiting);
+
+Schedule running_schedule();
+uint32_t random_number();
+std::string lanes_of(uint32_t mask);
 
 // Lets other warps run: for loops that wait.
 void give_way();

@@ -67,18 +67,24 @@ def _door(function: F, in_place: bool) -> F:
     return call  # type: ignore[return-value]
 
 
-def _fields(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+def _fields(value: Any) -> tuple[str, ...]:
+    """Names of the fields of a dataclass's instance; () for anything else."""
+    return () if isinstance(value, type) else _fields_of(type(value))  # type: ignore[arg-type]  # mypy: a class is hashable
+
+
+@functools.cache
+def _fields_of(kind: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else ()
 
 
 def _guest(value: Any) -> Any:
     """The first array in `value` that is not a torch tensor; None when there is none."""
-    if isinstance(value, Tensor):
+    if value is None or isinstance(value, (Tensor, int, float, str)):
         return None
     if isinstance(value, (list, tuple)):
         return next((found for found in map(_guest, value) if found is not None), None)
-    if _fields(value):
-        return _guest([getattr(value, field.name) for field in dataclasses.fields(value)])
+    if names := _fields(value):
+        return _guest([getattr(value, name) for name in names])
     return value if hasattr(value, "__dlpack__") else None
 
 
@@ -87,8 +93,7 @@ def _to_torch(value: Any, name: str, in_place: bool) -> Any:
         return value
     if isinstance(value, (list, tuple)):
         return [_to_torch(item, f"{name}[{i}]", in_place) for i, item in enumerate(value)]
-    if _fields(value):
-        fields = [field.name for field in dataclasses.fields(value)]
+    if fields := _fields(value):
         return dataclasses.replace(value, **{f: _to_torch(getattr(value, f), f"{name}.{f}", in_place) for f in fields})
     if not hasattr(value, "__dlpack__"):
         return value

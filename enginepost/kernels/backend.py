@@ -109,6 +109,13 @@ def plain(*tensors: torch.Tensor | None) -> bool:
     return not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors)
 
 
+def eager() -> bool:
+    """True when nothing but autograd looks on: no compiler, mode or transform that wants to see an op rather than what it does."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run with ENGINEPOST_BACKEND = "reference", "emulated" or "" (by device), for the whole process: to test and to compare."""

@@ -23,12 +23,14 @@ Sources: Hu et al. 2021 (LoRA, arXiv 2106.09685), eq. 3; Liu et al. 2024 (DoRA, 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from enginepost.kernels.arrays import make_callable, takes_arrays
-from enginepost.kernels.backend import plain
+from enginepost.kernels.backend import eager, plain
 from enginepost.kernels.matmul import mm
 from enginepost.kernels.nf4 import NF4Weight, nf4_mm, reference_dequantize, row_squares
 
@@ -189,6 +191,9 @@ def _linear(
     tensors, form = _taken_apart(weight)
     if plain(x, *tensors, bias, stacked, *b):
         return _forward(x, weight, bias, stacked, b, starts, dropout, seed, unrounded)[0]
+    if eager():
+        y: Tensor = _Eager.apply(x, bias, stacked, form, starts, dropout, seed, unrounded, len(tensors), *tensors, *b)
+        return y
     return torch.ops.enginepost.lora_linear(x, tensors, form, bias, stacked, b, starts, dropout, seed, unrounded)[0]
 
 
@@ -392,6 +397,38 @@ def _backward(
         # [in, R] rather than its transpose: the long side is the one that threads share
         da = mm(masked.t(), ds, out=torch.empty(x.shape[1], a.shape[0], dtype=wide, device=x.device)).t().contiguous()
     return [dx, dweight, dbias, da, *db]
+
+
+class _Eager(torch.autograd.Function):
+    """The op below without torch's dispatcher, which spends on its lists of tensors as long as a small product takes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, a: Tensor, form: str, starts: Sequence[int], dropout: float, seed: int,
+        unrounded: bool, tensors: int, *rest: Tensor,
+    ) -> Tensor:  # fmt: skip
+        weight, b = rest[:tensors], rest[tensors:]
+        y, s = _forward(x, _put_together(weight, form), bias, a, b, starts, dropout, seed, unrounded)
+        ctx.settings, ctx.bias_dtype = (form, starts, dropout, seed, tensors), None if bias is None else bias.dtype
+        ctx.save_for_backward(x, s, a, *rest)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, s, a, *rest = ctx.saved_tensors
+        form, starts, dropout, seed, tensors = ctx.settings
+        wants_x, wants_bias, wants_a = ctx.needs_input_grad[:3]
+        wants_weight, wants_b = ctx.needs_input_grad[9], ctx.needs_input_grad[9 + tensors :]
+        dx, dweight, dbias, da, *db = _backward(
+            dy, x, _put_together(rest[:tensors], form), s, a, rest[tensors:], starts, dropout, seed,
+            [wants_x, wants_weight, wants_bias, wants_a, any(wants_b)],
+        )  # fmt: skip
+        return (
+            dx if wants_x else None, dbias.to(ctx.bias_dtype) if wants_bias else None, da if wants_a else None, *(None,) * 6,
+            dweight if wants_weight else None, *(None,) * (tensors - 1),
+            *(g if want else None for g, want in zip(db, wants_b, strict=True)),
+        )  # fmt: skip
 
 
 @torch.library.custom_op("enginepost::lora_linear", mutates_args=())

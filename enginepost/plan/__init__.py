@@ -2,6 +2,7 @@
 
 memory.py     the peak of a training step, item by item
 setup.py      a recipe and a config -> what memory.py needs
+methods.py    what a method holds beside that: references, teachers, reward models, roll-outs
 machine.py    GPUs by name, this machine, amounts of memory
 speed.py      roughly how long a step takes
 choose.py     the longest context, the largest batch, the cheapest switches that fit

@@ -23,6 +23,8 @@ ITEMS = {
     "head": "head",
     "batch": "tokens and rotary tables",
     "workspace": "kernels' workspace",
+    "others": "reference, teacher, reward models",
+    "cache": "keys and values of roll-outs",
     "process": "Python, torch and the driver",
 }
 MLP = ("gate_up", "down")
@@ -149,7 +151,10 @@ def block_forward(tape: Tape, s: "Setup", again: bool = False) -> tuple[list[Hel
         turned = (turned[0], turned[1] + projected[1])
     else:
         turned = tape.take(qkv)
-    attention = tape.take(q + 4 * tokens * spec.heads)
+    copies = (
+        2 * tokens * spec.kv_heads * spec.head_dim * e if s.shares else 0
+    )  # keys and values, a prompt's for both answers
+    attention = tape.take(q + 4 * tokens * spec.heads + copies)
     if not spec.qk_norm:
         tape.free(projected)
     a = tape.take(h)
@@ -174,6 +179,14 @@ def block_forward(tape: Tape, s: "Setup", again: bool = False) -> tuple[list[Hel
         tape.free(a, m)
     kept = _Kept(norms, turned, attention, middle, gate_up, act, low)
     return kept.all(), kept
+
+
+def quiet_forward(tape: Tape, s: "Setup") -> None:
+    """A block's forward pass without gradients, as of a teacher or in a roll-out: the stream, attention's or the MLP's tensors."""
+    spec, wide = s.spec, s.tokens * s.itemsize
+    h, inner = wide * spec.hidden_size, wide * spec.intermediate_size
+    attention = wide * linear_sizes(s)["qkv"][1] * 2 + wide * spec.heads * spec.head_dim
+    tape.free(tape.take(2 * h + max(attention, h + 3 * inner)))
 
 
 def _linear_backward(tape: Tape, s: "Setup", name: str, kept: Held) -> None:

@@ -34,13 +34,15 @@ def fits(peak: Peak, machine: Machine) -> bool:
 
 
 def longest_context(s: Setup, machine: Machine) -> int:
-    """Tokens of the longest sequence that fits alone in a micro-batch; 0 when none does."""
-    return _largest(lambda n: dataclasses.replace(s, tokens=n), machine, LONGEST)
+    """Tokens of the longest sequence that fits alone in a micro-batch (of a pair, each of the two); 0 when none does."""
+    return _largest(lambda n: dataclasses.replace(s, tokens=n * s.each), machine, LONGEST)
 
 
 def largest_batch(s: Setup, machine: Machine, max_length: int) -> int:
     """The largest batch_size at this max_length; 0 when not even one bin fits."""
-    return _largest(lambda n: dataclasses.replace(s, tokens=n * max_length), machine, max(1, LONGEST // max_length))
+    return _largest(
+        lambda n: dataclasses.replace(s, tokens=n * max_length * s.each), machine, max(1, LONGEST // max_length)
+    )
 
 
 def _largest(made: Callable[[int], Setup], machine: Machine, top: int) -> int:
@@ -89,7 +91,7 @@ def utmost(found: Iterable[Choice], machine: Machine) -> tuple[int, Choice] | No
     for choice in found:
         # Worth a search only where more than the best so far fits.
         more = 1 if longest is None else longest[0] + max(1, longest[0] // 1000)
-        if fits(step_peak(dataclasses.replace(choice.setup, tokens=more)), machine):
+        if fits(step_peak(dataclasses.replace(choice.setup, tokens=more * choice.setup.each)), machine):
             longest = longest_context(choice.setup, machine), choice
     return longest
 
@@ -116,13 +118,18 @@ def _options(
         return [({key: "adamw8bit"}, {"moment_bits": 8}, False)]
     if key == "optimizer_states" and s.states == "device" and machine.device == "cuda":
         return [({key: "host"}, {"states": "host"}, False)]  # the CPU's arithmetic in place of the GPU's
+    if key == "batch_size" and batch_size > 1 and s.rollout is not None:  # how a roll-out is cut, changes nothing
+        micro = s.tokens // batch_size
+        return [
+            ({key: n}, {"tokens": n * micro, "micro_batches": s.micro_batches * batch_size // n}, True) for n in (1,)
+        ]
     if key == "batch_size" and batch_size > 1:
         # As many tokens an optimizer step, in smaller micro-batches: the same sum in another order.
         sizes = [n for n in (batch_size // 2, batch_size // 4, 1) if n >= 1 and batch_size % n == 0]
         return [
             (
                 {"batch_size": n, "gradient_accumulation": s.micro_batches * batch_size // n},
-                {"tokens": n * max_length, "micro_batches": s.micro_batches * batch_size // n},
+                {"tokens": n * max_length * s.each, "micro_batches": s.micro_batches * batch_size // n},
                 True,
             )
             for n in dict.fromkeys(sizes)

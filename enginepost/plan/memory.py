@@ -11,6 +11,9 @@ grows or shrinks evenly from one to the other.
     kept with checkpointing   T e h a block
     with mlp_chunk        3 I and the ranks of the MLP are those of a chunk, and of one block, with checkpointing or without
     head                  4 T h, the direction of each log-probability, while the head is frozen
+
+What a method holds beside that is in plan/methods.py: other models, their passes, roll-outs. Those come before a step's own passes
+and after the step before, so the peak is the highest of these moments.
 """
 
 import dataclasses
@@ -20,7 +23,7 @@ from collections.abc import Mapping
 
 from enginepost.model.layout import block_bytes, layout, match_targets
 from enginepost.model.spec import ModelSpec
-from enginepost.plan.block import Tape, block_backward, block_forward, kept_bytes
+from enginepost.plan.block import Tape, block_backward, block_forward, kept_bytes, quiet_forward
 
 SMALLEST8 = 4096  # elements from which 8-bit moments are used (kernels/adamw.py)
 # Anonymous memory of a process that has imported torch and this package and trained something small, beside what is counted here:
@@ -31,11 +34,36 @@ HOST_PROCESS = 1.2e9  # host memory of a process that has a GPU
 
 
 @dataclasses.dataclass(frozen=True)
+class Other:
+    """A model beside the one that trains: its bytes; the tokens of its passes, 0 for those of a micro-batch; whether it is there
+    only before the first step (its answers are kept on disk)."""
+
+    name: str
+    spec: ModelSpec
+    nbytes: float
+    tokens: int = 0
+    before: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class RollOut:
+    """slots: sequences at once; stored: tokens whose keys and values are in memory at most; reserved: ... that a GPU sets aside;
+    prompts: tokens of the longest step, which reads prompts."""
+
+    slots: int
+    stored: int
+    reserved: int
+    prompts: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Setup:
     """Everything that decides the memory of a step.
 
     tokens: of the largest micro-batch; ranks: {linear layer: (rank, outputs) of each of its updates} of the block with the most;
     adapter_sizes: elements of every adapter tensor; in_backward: weights move within the backward pass, and gradients come and go.
+    each: sequences of max_length in a bin; head: what stands on the hidden states ("logprob", "kl", "score"); takes: it gets a copy
+    of the rows that it looks at; shares: two answers share the keys of a prompt; wide: a float32 copy of the hidden states (ppo).
     """
 
     spec: ModelSpec
@@ -57,6 +85,14 @@ class Setup:
     in_backward: bool = False
     device: str = "cpu"
     threads: int = 1
+    each: int = 1
+    head: str = "logprob"
+    takes: bool = False
+    shares: bool = False
+    wide: bool = False
+    copies: float = 0.0  # bytes of adapters that do not train: a reference's
+    others: tuple[Other, ...] = ()
+    rollout: RollOut | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,20 +142,63 @@ def step_peak(s: Setup) -> Peak:
         _play(tape, s, block)
         tape.free(there)
     tape.moment = "the optimizer's step"
-    tape.free(tape.take(0 if s.in_backward else gradients, "gradients"))
+    there = tape.take(0 if s.in_backward else gradients, "gradients")
+    for other in s.others:
+        if not other.before:
+            _pass(tape, s, other)
+    _rollout(tape, s)
+    tape.free(there)
+    first = _before(s)
+    tape = first if first.top > tape.top else tape
     items = {k: v for k, v in tape.at_top.items() if v}
     return Peak(items, tape.when, MAPPED[s.device], _host(s))
 
 
-def _standing(tape: Tape, s: Setup) -> None:
-    """What is alive from the first step to the last."""
+def _pass(tape: Tape, s: Setup, other: Other) -> None:
+    """What another model says of a micro-batch, or of roll-outs."""
+    tape.moment = f"the pass of the {other.name}"
+    quiet = dataclasses.replace(s, spec=other.spec, tokens=other.tokens or s.tokens)
+    hidden = tape.take(quiet.tokens * other.spec.hidden_size * s.itemsize)
+    quiet_forward(tape, quiet)
+    tape.free(hidden)
+
+
+def _before(s: Setup) -> Tape:
+    """The passes whose answers are kept on disk: no optimizer is there yet."""
+    tape = Tape()
+    early = [other for other in s.others if other.before]
+    if early:
+        _standing(tape, s, states=False)
+    for other in early:
+        held = tape.take(other.nbytes, "others")
+        _pass(tape, s, other)
+        tape.free(held)
+    return tape
+
+
+def _rollout(tape: Tape, s: Setup) -> None:
+    """The step of a roll-out that reads prompts, with as much in the cache as at its end."""
+    r, spec = s.rollout, s.spec
+    if r is None:
+        return
+    tape.moment = "a roll-out"
+    token = 2 * len(spec.layers) * spec.kv_heads * spec.head_dim * s.itemsize
+    cache = tape.take(token * (r.stored if s.device == "cpu" else r.reserved), "cache")
+    quiet_forward(tape, dataclasses.replace(s, tokens=r.prompts))
+    # Logits as they come, in float32, side by side, scaled, the policy's; and running sums in float64.
+    tape.free(tape.take(r.slots * spec.vocab_size * (s.itemsize + 4.0 * 4 + 8), "head"), cache)
+
+
+def _standing(tape: Tape, s: Setup, states: bool = True) -> None:
+    """What is alive from the first step to the last. states: the optimizer's too."""
     tape.take(PROCESS[s.device], "process")
     resident, slots = weight_bytes(s)
     tape.take(resident, "weights")
     tape.take(slots, "slots")
     trained = trained_sizes(s)
     tape.take(0 if s.full else 4 * total(trained), "adapters")
-    if s.device == "cpu" or s.states == "device":
+    tape.take(s.copies + sum(o.nbytes for o in s.others if not o.before), "others")
+    if states and (s.device == "cpu" or s.states == "device"):
         for item, nbytes in _state_bytes(s).items():
             tape.take(nbytes, item)
     spec, tokens = s.spec, s.tokens
@@ -272,20 +351,37 @@ def _play(tape: Tape, s: Setup, block: int) -> None:
 
 def _head(tape: Tape, s: Setup, h: float) -> None:
     spec, tokens = s.spec, s.tokens
-    hidden, wide = tape.take(h, "head"), 4 * tokens * spec.hidden_size
+    hidden, wide = tape.take(h, "head"), 4.0 * tokens * spec.hidden_size
+    if s.head == "score":
+        tape.free(tape.take(h, "head"), hidden)  # the gradient of the rows that are looked at, among those that are not
+        return
     table = tape.take(_table_bytes(s) if _tables_on_disk(s) else 0, "head")
-    rows = tape.take(4 * 4 * tokens, "head")
-    if not s.full:
+    rows = tape.take(4 * 4 * tokens + (wide if s.wide else 0), "head")
+    if s.head == "kl":
+        _divergence(tape, s, h, wide)
+    elif not s.full:
         direction = tape.take(wide, "head")
         scaled = tape.take(wide, "head")
         rounded = tape.take(h, "head") if s.itemsize != 4 else tape.take(0, "head")
         tape.free(scaled, direction)
-        tape.free(tape.take(h, "head"), rounded)
+        tape.free(tape.take(2 * h if s.takes else h, "head"), rounded)
     else:
         dhidden = tape.take(h, "head")
         dweight = tape.take(spec.vocab_size * spec.hidden_size * s.itemsize, "head")
         tape.free(dhidden, dweight)
     tape.free(hidden, rows, table)
+
+
+def _divergence(tape: Tape, s: Setup, h: float, wide: float) -> None:
+    """Of a teacher's distribution, in blocks of the vocabulary (kernels/linear_kl.py): a handful of them at once, and sums."""
+    block = 4.0 * max(64 * s.tokens, 1 << (20 if s.device == "cpu" else 24))
+    theirs = max((o.spec.hidden_size for o in s.others if not o.before), default=0)
+    shown = tape.take(s.tokens * theirs * s.itemsize, "head")
+    blocks = tape.take(5 * min(block, 4.0 * s.tokens * s.spec.vocab_size), "head")
+    table = s.spec.vocab_size * s.spec.hidden_size * s.itemsize if s.full else 0
+    sums = tape.take(wide + h + table, "head")
+    tape.free(blocks, sums)
+    tape.free(tape.take(h, "head"), shown)
 
 
 def _host(s: Setup) -> dict[str, float]:

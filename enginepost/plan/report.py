@@ -18,7 +18,6 @@ from enginepost.recipe import Recipe, load_recipe
 if TYPE_CHECKING:
     from rich.console import Console
 
-COUNTED = ("sft", "pretrain")
 SWITCHES = ("checkpointing", "weights", "batch_size", "quantize", "mlp_chunk", "optimizer", "optimizer_states",
             "optimizer_in_backward")  # fmt: skip
 
@@ -105,10 +104,8 @@ class Plan:
             f"speed, roughly: {_number(self.tokens_per_second)} tokens/s, {_number(self.seconds)} s an optimizer step of "
             f"{self.setup.tokens * self.setup.micro_batches} tokens, on {self.machine.name}"
         )
-        if self.recipe.method not in COUNTED:
-            found.append(
-                f"method {self.recipe.method}: what it holds beside a step on these tokens (references, roll-outs) is not counted"
-            )
+        if self.setup.rollout is not None:
+            found.append("the time of drawing roll-outs and of scoring them is not in it")
         if self.machine.memory is None:
             return [*found, "how much memory there is, is not known here; say --gpu or --memory to see what fits"]
         verdict = "fits" if self.fits else "does not fit"

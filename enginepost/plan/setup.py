@@ -1,14 +1,14 @@
 """A recipe and a config.json -> Setup: everything that decides the memory of a training step."""
 
-import json
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-from enginepost.errors import EnginepostError
 from enginepost.model.architectures import architecture, names
 from enginepost.model.layout import read_config
 from enginepost.model.spec import ModelSpec
 from enginepost.plan.memory import Setup, adapter
+from enginepost.plan.methods import adapter_config, beside
 from enginepost.recipe import Recipe
 
 ITEMSIZE = {"bf16": 2, "fp32": 4}
@@ -35,15 +35,15 @@ def setup_of(
 ) -> Setup:
     """What a recipe's steps hold.
 
-    Args: config: the model's; tokens: of the largest micro-batch, default its most, batch_size x max_length; device: "cpu" or
-        "cuda".
-    Raises: ConfigError for an unsupported config, EnginepostError for an adapter that cannot be read, or a target
-        that matches nothing.
+    Args: config: the model's; tokens: of the largest micro-batch, default its most, batch_size bins (a pair's hold two of
+        max_length); device: "cpu" or "cuda".
+    Raises: ConfigError for an unsupported config, of the model or of one beside it, EnginepostError for an adapter that cannot be
+        read, or a target that matches nothing.
     """
     spec = ModelSpec.from_config(config)
     keys: dict[str, Any] = {}
     if recipe.adapter is not None:
-        said = _adapter_config(recipe.adapter)
+        said = adapter_config(recipe.adapter)
         targets = said.get("target_modules") or "all-linear"
         keys["dora"], keys["dropout"] = bool(said.get("use_dora")), bool(said.get("lora_dropout"))
         keys["ranks"], keys["adapter_sizes"] = adapter(
@@ -53,15 +53,15 @@ def setup_of(
         lora = recipe.lora
         keys["dora"], keys["dropout"] = lora.dora, lora.dropout > 0
         keys["ranks"], keys["adapter_sizes"] = adapter(spec, lora.targets, lora.r, lora.rank_pattern, lora.dora)
-    return Setup(
+    alone = Setup(
         spec=spec,
-        tokens=tokens or recipe.batch_size * recipe.max_length,
+        tokens=recipe.batch_size * recipe.max_length,
         micro_batches=recipe.gradient_accumulation,
         itemsize=ITEMSIZE[recipe.dtype],
         full=recipe.lora is None,
         checkpointing=recipe.checkpointing,
         mlp_chunk=recipe.mlp_chunk,
-        quantize=recipe.quantize or _stored_in_4_bits(config),
+        quantize=recipe.quantize or stored_in_4_bits(config),
         weights=recipe.weights,
         moment_bits=8 if getattr(recipe, "optimizer", "adamw") == "adamw8bit" else 32,
         states=recipe.optimizer_states,
@@ -70,20 +70,14 @@ def setup_of(
         threads=threads,
         **keys,
     )
+    whole = dataclasses.replace(alone, **beside(recipe, alone))
+    return whole if tokens is None else dataclasses.replace(whole, tokens=tokens)
 
 
-def _stored_in_4_bits(config: dict[str, Any]) -> str | None:
+def stored_in_4_bits(config: dict[str, Any]) -> str | None:
+    """How a checkpoint with this config.json keeps its linear layers, as `quantize` names it; None for 16 bits and more."""
     said = config.get("quantization_config")
     if not isinstance(said, dict):
         return None
     kind = str(said.get("bnb_4bit_quant_type") or "nf4")
     return f"{kind}-double" if said.get("bnb_4bit_use_double_quant") else kind
-
-
-def _adapter_config(directory: str) -> dict[str, Any]:
-    path = Path(directory) / "adapter_config.json"
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EnginepostError(f"{path}: cannot read the adapter's config: {error}") from None
-    return dict(said)

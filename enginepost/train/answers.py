@@ -58,12 +58,12 @@ def answer_sums(values: Tensor, batch: AnswerBatch) -> Tensor:
 
 
 @torch.no_grad()
-def mean_logits(model: Any, rows: Tensor) -> Tensor | None:
-    """`[N, H]` -> the mean of each row's logits over the vocabulary, float32 `[N]`: one product with the mean row of the head. None
-    where a softcap bends the logits, so that their mean is not that of a linear map."""
+def mean_row(model: Any) -> Tensor | None:
+    """The mean of the head's rows, float32 `[H]`: its product with a hidden state is the mean of that token's logits over the
+    vocabulary. None where a softcap bends the logits, so that their mean is not that of a linear map."""
     if model.spec.final_softcap:
         return None
     head = model.head_weight
     # In blocks: a mean of bfloat16 would copy all of the head to float32.
     total = sum(block.float().sum(0) for block in head.split(HEAD_ROWS))
-    return rows.detach().float() @ (total / len(head))
+    return total / len(head)

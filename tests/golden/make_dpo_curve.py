@@ -2,7 +2,7 @@
 
     .venv-peers/bin/python tests/golden/make_dpo_curve.py
 
-Writes dpo_curve.json: the config, the rows in the order in which TRL sees them, its losses, margins and log-probabilities by step.
+Writes dpo_curve.json: the config, the rows in the order in which TRL sees them, its losses and metrics by step.
 The weights are those of `seeded_weight`, made from their names here and in the test. The tokenizer has a token a word.
 """
 
@@ -83,7 +83,8 @@ def main() -> None:
             ),
         )  # fmt: skip
         trainer.train()
-    names = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected")
+    names = ("loss", "grad_norm", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected", "logits/chosen",
+             "logits/rejected", "entropy")  # fmt: skip
     history = [h for h in trainer.state.log_history if "loss" in h]
     golden = {
         "trl": trl.__version__, "config": CONFIG, "settings": SETTINGS, "rows": rows(),

@@ -12,6 +12,7 @@ from enginepost.kernels.matmul import mm, reference
 pytestmark = pytest.mark.skipif(_core is None, reason="the native extension is not built")
 SHAPES = [(1, 1, 1, 0), (14, 32, 16, 0), (15, 33, 17, 3), (16, 130, 600, 20),
           (7, 65, 40, 24), (56, 64, 300, 16), (3, 500, 700, 0), (257, 129, 1030, 48),
+          (200, 16, 70, 0), (131, 37, 1100, 0),
           (5, 7, 0, 3), (64, 64, 0, 0), (0, 5, 4, 0), (5, 0, 4, 0)]  # fmt: skip
 
 
@@ -64,16 +65,22 @@ def test_mixed_dtypes_and_strided_output():
     native_mm(a, b, wide[:, 10:60])
     torch.testing.assert_close(wide[:, 10:60].double(), a.double() @ b.double(), rtol=1e-5, atol=1e-4)
     assert (wide[:, :10] == 7).all() and (wide[:, 60:] == 7).all()
+    tall, few = torch.randn(24, 90).bfloat16().t(), torch.randn(24, 16)  # turned on the way: dy^T s of a backward pass
+    wide = torch.full((90, 40), 7.0)
+    native_mm(tall, few, wide[:, 3:19])
+    torch.testing.assert_close(wide[:, 3:19].double(), tall.double() @ few.double(), rtol=1e-5, atol=1e-4)
+    assert (wide[:, :3] == 7).all() and (wide[:, 19:] == 7).all()
 
 
-def test_same_bits_at_any_thread_count():
+@pytest.mark.parametrize("cols, turned", [(333, False), (48, True)])
+def test_same_bits_at_any_thread_count(cols, turned):
     torch.manual_seed(2)
-    a, b = torch.randn(301, 200).bfloat16(), torch.randn(333, 200).bfloat16().t()
+    a, b = laid_out(301, 200, torch.bfloat16, turned), torch.randn(cols, 200).bfloat16().t()
     results = []
     before = torch.get_num_threads()
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
-        results.append(native_mm(a, b, torch.empty(301, 333)))
+        results.append(native_mm(a, b, torch.empty(301, cols)))
     torch.set_num_threads(before)
     assert all(torch.equal(results[0], r) for r in results[1:])
 

@@ -15,6 +15,7 @@ from enginepost.device import fetch, placed
 from enginepost.errors import EnginepostError
 from enginepost.recipe import Recipe
 from enginepost.train.answer_rows import AnswerRows, load_answers
+from enginepost.train.answers import mean_row
 from enginepost.train.methods.method import Method, Metrics, Work, add_metrics, mean_metrics
 from enginepost.train.schedule import Plan
 
@@ -26,6 +27,7 @@ class AnswerMethod(Method):
 
     def __init__(self, recipe: Recipe) -> None:
         super().__init__(recipe)
+        self.mean_row: Tensor | None = None  # of a head that does not train
         self.rows, self.validation = self.load()
         self.data = self.rows.fingerprint()
         self.bin = recipe.max_length * self.rows.each
@@ -40,6 +42,13 @@ class AnswerMethod(Method):
     def share_of_loss(self, model: Any, rows: AnswerRows, work: Work, index: int) -> tuple[Tensor, Metrics]:
         """As `loss`, of rows of the training or of the validation side."""
         raise NotImplementedError
+
+    def mean_logits(self, model: Any, rows: Tensor) -> Tensor | None:
+        """`[N, H]` -> the mean of each row's logits over the vocabulary, float32 `[N]`; None with a final softcap."""
+        mean = self.mean_row if self.mean_row is not None else mean_row(model)
+        if self.recipe.lora is not None:
+            self.mean_row = mean
+        return None if mean is None else rows.detach().float() @ mean
 
     def step(self, model: Any, number: int) -> Work:
         todo = self.plan.step(number)

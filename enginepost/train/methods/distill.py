@@ -78,8 +78,7 @@ class Distill(Sft):
     def loss(self, model: Any, work: Work, index: int) -> tuple[Tensor, Metrics]:
         r, batch, teacher = self.recipe, work.micro_batches[index], self.teacher
         kept = work.extra["trained"][index]
-        hidden = model.hidden(batch.ids, batch.cu_seqlens, batch.positions)[kept]
-        said: dict[str, Any]
+        said: dict[str, Any]  # of the teacher first, while nothing of the student's is kept yet
         if teacher is None:
             rows, members = work.extra["rows"], work.extra["members"][index]
             ids, logprobs = self.shown[id(rows.dataset)].of([int(rows.index[i]) for i in members])
@@ -90,6 +89,7 @@ class Distill(Sft):
             said = {
                 "teacher_hidden": shown, "teacher_head": teacher.head_weight, "teacher_softcap": teacher.spec.final_softcap
             }  # fmt: skip
+        hidden = model.hidden(batch.ids, batch.cu_seqlens, batch.positions)[kept]
         cap = model.spec.final_softcap
         each = linear_kl(
             hidden, model.head_weight, kind=r.divergence, beta=r.beta, temperature=r.temperature, softcap=cap, **said

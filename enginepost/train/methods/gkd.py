@@ -65,9 +65,9 @@ class Gkd(Online):
 
     def loss(self, model: Any, work: Any, index: int) -> tuple[Tensor, Metrics]:
         recipe, batch, teacher = self.recipe, work.micro_batches[index], self.teacher
-        hidden = model.hidden(batch.ids, batch.cu_seqlens, batch.positions).index_select(0, batch.predict)
-        with torch.no_grad():
+        with torch.no_grad():  # first, while nothing of the student's is kept yet
             shown = teacher.hidden(batch.ids, batch.cu_seqlens, batch.positions).index_select(0, batch.predict)
+        hidden = model.hidden(batch.ids, batch.cu_seqlens, batch.positions).index_select(0, batch.predict)
         kind = "forward" if recipe.beta == 0 else "reverse" if recipe.beta == 1 else "js"
         each = linear_kl(
             hidden, model.head_weight, teacher_hidden=shown, teacher_head=teacher.head_weight, kind=kind,

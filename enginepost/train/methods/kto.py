@@ -20,7 +20,7 @@ from enginepost.errors import EnginepostError
 from enginepost.recipe import Recipe
 from enginepost.recipe_offline import KtoRecipe
 from enginepost.train.answer_rows import AnswerRows
-from enginepost.train.answers import answer_sums, mean_logits, predicting, token_logprobs
+from enginepost.train.answers import answer_sums, predicting, token_logprobs
 from enginepost.train.methods.answers import AnswerMethod, check_start
 from enginepost.train.methods.method import Metrics, Work
 from enginepost.train.methods.preference import precomputed
@@ -114,7 +114,7 @@ class Kto(AnswerMethod):
         reference = self.reference_logps(model, rows, batch)
         hidden = predicting(model, batch)
         logprob, entropy, _ = token_logprobs(model, batch, entropy=True, rows=hidden)
-        logits, lengths = mean_logits(model, hidden), np.array(batch.lengths)
+        logits, lengths = self.mean_logits(model, hidden), np.array(batch.lengths)
         policy = answer_sums(logprob, batch)
         losses, rewards, desirable = self._losses(rows, batch, policy - reference, kl)
         metrics: Metrics = {"kl": (kl, 1), "entropy": (entropy.detach().sum(), len(entropy))}

@@ -15,7 +15,7 @@ from enginepost.device import placed, sent, tensor
 from enginepost.recipe import Recipe
 from enginepost.recipe_offline import CpoRecipe, DpoRecipe, OrpoRecipe, SimpoRecipe
 from enginepost.train.answer_rows import AnswerRows
-from enginepost.train.answers import answer_sums, by_answer, mean_logits, predicting, token_logprobs
+from enginepost.train.answers import answer_sums, by_answer, predicting, token_logprobs
 from enginepost.train.methods.answers import AnswerMethod, check_start
 from enginepost.train.methods.method import Metrics, Work
 from enginepost.train.objectives.preference import (
@@ -134,7 +134,7 @@ class Dpo(AnswerMethod):
             mean_chosen_tokens=chosen_tokens(work) / work.count,
         )  # fmt: skip
         return losses.sum() / work.count, pair_metrics(
-            chosen, rejected, policy, entropy, mean_logits(model, hidden), batch
+            chosen, rejected, policy, entropy, self.mean_logits(model, hidden), batch
         )
 
 
@@ -172,7 +172,7 @@ class Orpo(AnswerMethod):
         nll = -sums[0::2] * (work.count / chosen_tokens(work))
         losses, odds = orpo_loss(mean[0::2], mean[1::2], nll, beta=self.recipe.beta)
         rewards = self.recipe.beta * mean.detach()
-        metrics = pair_metrics(rewards[0::2], rewards[1::2], mean, entropy, mean_logits(model, hidden), batch)
+        metrics = pair_metrics(rewards[0::2], rewards[1::2], mean, entropy, self.mean_logits(model, hidden), batch)
         metrics["nll_loss"] = (-sums.detach()[0::2].sum(), sum(batch.lengths[0::2]))
         metrics["log_odds_chosen"] = (odds.sum(), len(odds))
         return losses.sum() / work.count, metrics
@@ -200,6 +200,6 @@ class Contrastive(AnswerMethod):
                 policy[0::2], policy[1::2], nll, beta=r.beta, alpha=r.alpha, loss=r.loss, label_smoothing=r.label_smoothing
             )  # fmt: skip
         rewards = r.beta * policy.detach()
-        metrics = pair_metrics(rewards[0::2], rewards[1::2], policy, entropy, mean_logits(model, hidden), batch)
+        metrics = pair_metrics(rewards[0::2], rewards[1::2], policy, entropy, self.mean_logits(model, hidden), batch)
         metrics["nll_loss"] = (-sums.detach()[0::2].sum(), sum(batch.lengths[0::2]))
         return losses.sum() / work.count, metrics
