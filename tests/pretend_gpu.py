@@ -35,12 +35,14 @@ class Stream:
     def __init__(self, device: Any = None) -> None:
         self.queue: list[Callable[[], object]] = []
         self.done = 0
+        self.lock = threading.RLock()  # the reader of weights waits for copies too
 
     def work(self, until: int | None = None) -> None:
-        while self.done < (len(self.queue) if until is None else until):
-            self.queue[self.done]()
-            self.queue[self.done] = lambda: None
-            self.done += 1
+        with self.lock:
+            while self.done < (len(self.queue) if until is None else until):
+                self.queue[self.done]()
+                self.queue[self.done] = lambda: None
+                self.done += 1
 
     synchronize = work
 

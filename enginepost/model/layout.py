@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from enginepost.errors import EnginepostError
-from enginepost.model.spec import ModelSpec
+from enginepost.model.spec import FAMILIES, ModelSpec
 
 ALIGNMENT = 64  # bytes, of every piece of a blob
 
@@ -134,6 +134,15 @@ def read_config(where: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise EnginepostError(f"{path}: expected an object, got {type(config).__name__}")
     return config
+
+
+def backbone_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A classification model's config as that of its backbone: a causal model whose head is the embedding, so that it has none."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    causal = None if family is None else family.architecture
+    return {k: v for k, v in config.items() if k != "num_labels"} | {
+        "tie_word_embeddings": True, "architectures": [causal]
+    }  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

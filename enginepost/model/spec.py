@@ -151,15 +151,6 @@ _ACTIVATIONS = {
 }
 
 
-def trunk_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of a classification model read as that of a causal one without a head of its own."""
-    causal = FAMILIES[config["model_type"]].architecture if config.get("model_type") in FAMILIES else None
-    return {k: v for k, v in config.items() if k != "num_labels"} | {
-        "tie_word_embeddings": True,
-        "architectures": [causal],
-    }
-
-
 def _read(config: dict[str, Any]) -> ModelSpec:
     family, name = _family(config)
     _check_keys(config, family, name)

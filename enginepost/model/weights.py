@@ -26,9 +26,9 @@ from enginepost.checkpoint import (
 from enginepost.checkpoint.cache import quantized_copy
 from enginepost.errors import EnginepostError
 from enginepost.model.blob import PackedMatrix, blob_layout
-from enginepost.model.layout import Entry, layout, read_config, starting_value
+from enginepost.model.layout import Entry, backbone_config, layout, read_config, starting_value
 from enginepost.model.residency import SLOTS, Residency, StoredTable, place
-from enginepost.model.spec import FAMILIES, ModelSpec, trunk_config
+from enginepost.model.spec import FAMILIES, ModelSpec
 from enginepost.model.transformer import Transformer
 
 
@@ -56,8 +56,8 @@ def load_model(
     if weights not in get_args(Residency):
         raise EnginepostError(f"weights {weights!r} is not known; use {', '.join(get_args(Residency))}")
     config = read_config(path)
-    if classifier:  # no head of tokens: as if it were the embedding
-        config = trunk_config(config)
+    if classifier:
+        config = backbone_config(config)
     try:
         spec = ModelSpec.from_config(config)
     except EnginepostError as error:

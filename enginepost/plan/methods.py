@@ -17,7 +17,8 @@ from typing import Any
 
 from enginepost.errors import EnginepostError
 from enginepost.model.architectures import names
-from enginepost.model.spec import ModelSpec, trunk_config
+from enginepost.model.layout import backbone_config
+from enginepost.model.spec import ModelSpec
 from enginepost.plan.memory import Other, RollOut, Setup, adapter, weight_bytes
 from enginepost.recipe import Recipe
 from enginepost.recipe_offline import DistillRecipe, DpoRecipe, KtoRecipe, PrmRecipe, RewardRecipe, _Preference
@@ -107,8 +108,8 @@ def _model(
     if not Path(directory).exists() and directory.lower().rpartition("/")[2] not in names():
         raise EnginepostError(f"{name}: {directory}: no such directory; give a model or an adapter directory")
     config = config_of(directory)
-    if any("Classification" in str(named) for named in config.get("architectures") or ()):
-        config = trunk_config(config)
+    if any(str(name).endswith("Classification") for name in config.get("architectures") or []):
+        config = backbone_config(config)
     spec = ModelSpec.from_config(config)
     if adapter_directory is not None:
         nbytes += 4.0 * sum(adapter_sizes(spec, adapter_config(adapter_directory)))
