@@ -3,7 +3,7 @@
 Everything is made in `.OUT.partial` beside OUT and renamed at the end. `journal.jsonl` there begins with a fingerprint of the merge
 (recipe, options, inputs) and gets a line for every finished tensor with the XXH3-128 of its bytes. A merge that was killed and is
 started again with the same fingerprint keeps the tensors whose bytes still have that checksum; with another one it starts anew.
-The checksum is against torn writes, not against forgers: SHA-256 takes longer than the arithmetic of a linear merge.
+The checksum (XXH3-128) is against torn writes, not against forgers: SHA-256 takes longer than the arithmetic of a linear merge.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ def partial_directory(directory: Path) -> Path:
 
 
 def read_journal(partial: Path, fingerprint: str) -> dict[str, str] | None:
-    """{tensor: sha256} of an earlier attempt at the same merge; None if there was none. A line cut short by a kill is left out."""
+    """{tensor: checksum} of an earlier attempt at the same merge; None if there was none. A line cut short by a kill is left out."""
     try:
         lines = (partial / JOURNAL).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
