@@ -87,6 +87,13 @@ class _Module(_DummyBackendModule):
         yield
         _thread.stream = before
 
+    # No generator of its own draws anything; torch's checks of an op save and restore the state of the accelerator there is.
+    def get_rng_state(self, device: Any = None) -> torch.Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
+        assert state.numel() == 0
+
     def max_memory_allocated(self, device: Any = None) -> int:
         return 1
 
