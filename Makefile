@@ -63,7 +63,8 @@ link: .venv-link/installed
 	@.venv-link/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt jax transformers
 	@touch $@
 
-# The kernel tests and the fuzzer under AddressSanitizer and UndefinedBehaviorSanitizer.
+# The kernel tests and the fuzzer under AddressSanitizer and UndefinedBehaviorSanitizer, with AVX-512 emulated; tests/sanitize.sh --all
+# runs all CUDA kernels in the emulator as well.
 sanitize: setup
 	tests/sanitize.sh
 

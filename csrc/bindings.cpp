@@ -328,16 +328,16 @@ PYBIND11_MODULE(_core, m) {
     run([&] { return ep_merge_rank_mask(a, b, p, c, sums, workspace.data(), stream); });
   });
   m.def("merge_task_sum", [](O base, const py::list &x, const py::list &selects, bool elect, bool normalize, int zero_sign,
-                             double scale, int64_t start, O out) {
+                             double scale, int64_t start, O out, bool count_signs) {
     Arg a(base), b(out);
     Args c(x);
     Selects s(selects);
     if (s.selects.size() != c.tensors.size()) throw py::value_error("merge_task_sum: one selection a tensor is needed");
-    int64_t signs = 0;
+    int64_t signs = 0, *counted = count_signs ? &signs : nullptr;
     const ep_merge_task_params p{elect, normalize, zero_sign, float(scale), start};
     const int count = int(c.tensors.size());
     const Workspace workspace = merge_workspace(c, count, 0);
-    run([&] { return ep_merge_task_sum(a, c.tensors.data(), s.selects.data(), count, p, b, &signs, workspace.data(), stream); });
+    run([&] { return ep_merge_task_sum(a, c.tensors.data(), s.selects.data(), count, p, b, counted, workspace.data(), stream); });
     return py::make_tuple(signs, s.seen());
   });
   m.def("merge_nonfinite", [](O x) {
@@ -371,6 +371,14 @@ PYBIND11_MODULE(_core, m) {
     const int64_t bytes = ep_linear_logprob_forward_workspace_bytes_for(a, b, g);
     const Workspace workspace(bytes, a);
     run([&] { return ep_linear_logprob_forward(a, b, c, d, e, f, g, softcap, workspace.data(), stream); });
+  });
+  m.attr("LINEAR_LOGPROB_PART") = EP_LINEAR_LOGPROB_PART;
+  m.def("linear_logprob_forward_part", [](O hidden, O weight, O targets, O target_rows, O state, O logprob, O lse, O entropy,
+                                          O direction, double softcap, int64_t first, int64_t vocab) {
+    Arg a(hidden), b(weight), c(targets), d(target_rows), e(state), f(logprob), g(lse), h(entropy), i(direction);
+    const int64_t bytes = ep_linear_logprob_forward_workspace_bytes_for(a, b, i);
+    const Workspace workspace(bytes, a);
+    run([&] { return ep_linear_logprob_forward_part(a, b, c, d, e, f, g, h, i, softcap, first, vocab, workspace.data(), stream); });
   });
   m.def("linear_logprob_backward",
         [](O dlogprob, O dentropy, O hidden, O weight, O targets, O lse, O entropy, O dhidden, O dweight, double softcap) {

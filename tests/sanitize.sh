@@ -1,15 +1,22 @@
 #!/usr/bin/env bash
-# Build the extension with AddressSanitizer and UndefinedBehaviorSanitizer, then run the kernel tests and the fuzzer in it, on the
-# instruction set of this machine and on the portable one. Leaks are not looked for: Python and torch keep much until the end.
+# Build the extension with AddressSanitizer and UndefinedBehaviorSanitizer, AVX-512 emulated (csrc/emulator/avx512.h), and run in it
+# the fuzzer and the kernel tests: all of them with AVX2, those against float64 with AVX-512 and with the portable kernels too. Then
+# the CUDA kernels in the emulator: the planted mistakes, and one family; with --all the whole suite (it takes an hour).
+# Leaks are not looked for: Python and torch keep much until the end. Other arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$PWD/.venv/bin/python
 out=build/sanitize
 mkdir -p build
+cuda_tests="test_emulator or (test_glu and emulated) or (test_adamw8 and emulated and masters)"
+if [ "${1:-}" = --all ]; then
+  shift
+  cuda_tests="emulated or emulator or any_order"
+fi
 packages=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 "$python" -m cmake --version > /dev/null 2>&1 && cmake="$python -m cmake" || cmake=cmake
-$cmake -S . -B $out -G Ninja -DENGINEPOST_SANITIZE=ON -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$(realpath -s "$python")" \
-  -DCMAKE_MAKE_PROGRAM="$(command -v "$(dirname "$python")/ninja" || command -v ninja)" \
+$cmake -S . -B $out -G Ninja -DENGINEPOST_SANITIZE=ON -DENGINEPOST_EMULATE_AVX512=ON -DENGINEPOST_CUDA=OFF -DCMAKE_BUILD_TYPE=Release \
+  -DPython_EXECUTABLE="$(realpath -s "$python")" -DCMAKE_MAKE_PROGRAM="$(command -v "$(dirname "$python")/ninja" || command -v ninja)" \
   -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" > $out.log
 $cmake --build $out
 rm -rf $out/site
@@ -18,6 +25,7 @@ $cmake --install $out --prefix $out/site/enginepost --component enginepost > $ou
 for part in enginepost/*.py enginepost/*/; do
   [ -e "$out/site/$part" ] || ln -s "$PWD/${part%/}" $out/site/enginepost/
 done
+module=$(ENGINEPOST_EMULATED_SANITIZE=1 "$python" tests/kernels/emulated_build.py)
 
 # libstdc++ too, or the sanitizer does not find __cxa_throw in a Python that is not linked with it. -S: the installed package's
 # import hook would put the ordinary extension first.
@@ -25,16 +33,18 @@ export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=lib
 export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
 export PYTHONPATH="$PWD/$out/site:$PWD:$packages" OMP_NUM_THREADS=2
 export ENGINEPOST_FUZZ_LIBRARY="$PWD/$out/site/enginepost/lib/libenginepost.so"
-for isa in "" portable; do
+run_tests() {
+  "$python" -S -m pytest -q -p no:cacheprovider "$@"
+}
+for isa in avx512 avx2 portable; do
   echo "== sanitizers, ENGINEPOST_CPU=$isa"
-  ENGINEPOST_CPU=$isa "$python" -S tests/kernels/fuzz.py --rounds 400 --seed 1
+  export ENGINEPOST_CPU=$isa
+  "$python" -S tests/kernels/fuzz.py --rounds 200 --seed 1
+  choice="not compile and not opcheck and not emulated and not emulator and not any_order and not reference"
+  [ $isa = avx2 ] || choice="$choice and float64"
+  run_tests tests/kernels --deselect tests/kernels/test_isa.py -k "$choice" "$@"
 done
-"$python" -S -m pytest tests/kernels -p no:cacheprovider --deselect tests/kernels/test_isa.py \
-  -k "not compile and not opcheck and not emulated and not emulator and not any_order" "$@"
 
-# The CUDA kernels in the emulator, whose own shared memory is fenced off from the sanitizer too.
-unset LD_PRELOAD
-module=$(ENGINEPOST_EMULATED_SANITIZE=1 "$python" tests/kernels/emulated_build.py)
-export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libstdc++.so.6)" ENGINEPOST_EMULATED_SANITIZE=1
 echo "== sanitizers, $module"
-"$python" -S -m pytest tests/kernels -p no:cacheprovider -k "(emulated or emulator or any_order) and not compile and not opcheck" "$@"
+export ENGINEPOST_EMULATED_SANITIZE=1
+run_tests tests/kernels -k "($cuda_tests) and not compile and not opcheck" "$@"

@@ -3,8 +3,8 @@
 // with c1 = 1 - b1^t, c2 = 1 - b2^t. Work is cut into BLOCK elements whatever the thread count.
 //
 // With moments in 8 bits the same update runs on 256 elements at a time, decoded into registers and kept in float32 on the stack
-// until the largest of each moment is known. Neither a negative m nor a positive v becomes the code of zero: the sign is what m
-// says, and m over a lost v would be a leap.
+// until the largest of each moment is known. Where a gradient is not finite both moments become zero and the parameter stays.
+// Neither a negative m nor a positive v becomes the code of zero: the sign is what m says, and m over a lost v would be a leap.
 #include "enginepost/adamw.h"
 
 #include <cmath>
@@ -84,72 +84,82 @@ struct Update {
   }
 };
 
-// One group: elements [from, from + count), count < GROUP at the end of the tensor.
+// GROUP elements.
 template <class P, class G>
-static inline void group(const AdamW8 &a, const AdamW &s, const Update &update, int64_t from, int64_t count) {
-  P *param = reinterpret_cast<P *>(s.param) + from;
-  const G *grad = reinterpret_cast<const G *>(s.grad) + from;
-  float *master = s.master == nullptr ? nullptr : s.master + from;
-  uint8_t *mc = a.m + from, *vc = a.v + from;
-  const V m_scale = set1(a.m_scale[from / GROUP]), v_scale = set1(a.v_scale[from / GROUP]);
+struct Group {
+  P *param;
+  const G *grad;
+  float *master;
+  uint8_t *m, *v;
+  float *m_scale, *v_scale;
+};
+struct Codes {
+  const DynamicCode &m, &v;
+  Encoder<true, true> encode_m;
+  Encoder<false, true> encode_v;
+};
+
+template <class P, class G>
+static void groups(const Group<P, G> &first, int64_t count, const Update &update, const Codes &c) {
   alignas(64) float m[GROUP], v[GROUP];
-  V odd = zero();  // NaN as soon as a gradient is not finite
-  each(count, [&](int64_t i, int n) { odd = fma(get(grad + i, n) * update.scale, zero(), odd); });
-  const float finite = sum(odd);
-  if (count == GROUP && finite == 0.f) {
+  for (int64_t k = 0; k < count; k++) {
+    P *param = first.param + k * GROUP;
+    const G *grad = first.grad + k * GROUP;
+    float *master = first.master == nullptr ? nullptr : first.master + k * GROUP;
+    uint8_t *m_codes = first.m + k * GROUP, *v_codes = first.v + k * GROUP;
+    const Decoder<true> decode_m(c.m, first.m_scale[k]);
+    const Decoder<false> decode_v(c.v, first.v_scale[k]);
+    V m_most = zero(), v_most = zero();
     for (int64_t i = 0; i < GROUP; i += N) {
-      const V old = master == nullptr ? load(param + i) : load(master + i);
-      const Moved r = update(load(grad + i) * update.scale, pick(a.m_code->value, mc + i) * m_scale,
-                             pick(a.v_code->value, vc + i) * v_scale, old);
+      const V g = load(grad + i) * update.scale, old = master == nullptr ? load(param + i) : load(master + i);
+      Moved r = update(g, decode_m(m_codes + i), decode_v(v_codes + i), old);
+      r = {where_finite(g, r.m, zero()), where_finite(g, r.v, zero()), where_finite(g, r.p, old)};
+      m_most = max(magnitude(r.m), m_most);
+      v_most = max(r.v, v_most);
       store(m + i, r.m);
       store(v + i, r.v);
       if (master != nullptr) store(master + i, r.p);
       store(param + i, r.p);
     }
-  } else {
-    for (int64_t i = 0; i < GROUP; i++) {
-      m[i] = v[i] = 0.f;
-      const float g = i < count ? to_float(grad[i]) * s.scale : INFINITY;
-      if (!(g - g == 0.f)) continue;
-      const Moved r = update(set1(g), set1(a.m_code->value[mc[i]]) * m_scale, set1(a.v_code->value[vc[i]]) * v_scale,
-                             set1(master == nullptr ? to_float(param[i]) : master[i]));
-      float lane[3][N];
-      store(lane[0], r.m), store(lane[1], r.v), store(lane[2], r.p);
-      m[i] = lane[0][0], v[i] = lane[1][0];
-      if (master != nullptr) master[i] = lane[2][0];
-      from_float(lane[2][0], param + i);
-    }
-  }
-  V m_most = zero(), v_most = zero();
-  for (int64_t i = 0; i < GROUP; i += N) {
-    m_most = max(magnitude(load(m + i)), m_most);
-    v_most = max(load(v + i), v_most);
-  }
-  const float m_max = max(m_most), v_max = max(v_most);
-  a.m_scale[from / GROUP] = m_max, a.v_scale[from / GROUP] = v_max;
-  const V m_factor = set1(1.f / (m_max < 1e-38f ? 1e-38f : m_max)), v_factor = set1(1.f / (v_max < 1e-38f ? 1e-38f : v_max));
-  const V below_zero = set1(a.m_code->value[126]), above_zero = set1(a.v_code->value[1]), huge = set1(1e30f);
-  for (int64_t i = 0; i < GROUP; i += N) {
-    store(m + i, lower_negative(load(m + i) * m_factor, below_zero));
-    const V x = load(v + i) * v_factor;
-    store(v + i, max(x, min(x * huge, above_zero)));
-  }
-  if (count == GROUP) {
-    encode(*a.m_code, m, GROUP, mc);
-    encode(*a.v_code, v, GROUP, vc);
-  } else {
-    for (int64_t i = 0; i < count; i++) mc[i] = uint8_t(nearest(*a.m_code, m[i])), vc[i] = uint8_t(nearest(*a.v_code, v[i]));
+    const float m_max = max(m_most), v_max = max(v_most);
+    first.m_scale[k] = m_max, first.v_scale[k] = v_max;
+    const V m_factor = set1(1.f / (m_max < 1e-38f ? 1e-38f : m_max)), v_factor = set1(1.f / (v_max < 1e-38f ? 1e-38f : v_max));
+    encode(c.encode_m, GROUP, m_codes, [&](int64_t i) { return load(m + i) * m_factor; });
+    encode(c.encode_v, GROUP, v_codes, [&](int64_t i) { return load(v + i) * v_factor; });
   }
 }
 
 template <class P, class G>
 static void step8(const AdamW8 &a) {
-  const Update update(a.step);
-  parallel_for(blocks(a.step.size), [&](int64_t task, int) {
-    const int64_t end = a.step.size - task * BLOCK < BLOCK ? a.step.size : (task + 1) * BLOCK;
-    for (int64_t from = task * BLOCK; from < end; from += GROUP) {
-      group<P, G>(a, a.step, update, from, end - from < GROUP ? end - from : GROUP);
-    }
+  const AdamW &s = a.step;
+  const Update update(s);
+  const Codes codes{*a.m_code, *a.v_code, Encoder<true, true>(*a.m_code), Encoder<false, true>(*a.v_code)};
+  parallel_for(blocks(s.size), [&](int64_t task, int) {
+    const int64_t from = task * BLOCK, size = s.size - from < BLOCK ? s.size - from : BLOCK, rest = size % GROUP;
+    const auto group = [&](int64_t i) {
+      return Group<P, G>{reinterpret_cast<P *>(s.param) + i,
+                         reinterpret_cast<const G *>(s.grad) + i,
+                         s.master == nullptr ? nullptr : s.master + i,
+                         a.m + i,
+                         a.v + i,
+                         a.m_scale + i / GROUP,
+                         a.v_scale + i / GROUP};
+    };
+    groups(group(from), size / GROUP, update, codes);
+    if (rest == 0) return;
+    // The last group of a tensor: filled up with zeros, in memory of its own.
+    const Group<P, G> last = group(from + size - rest);
+    P param[GROUP] = {};
+    G grad[GROUP] = {};
+    float master[GROUP] = {};
+    uint8_t m[GROUP], v[GROUP] = {};
+    std::memset(m, a.m_code->zero, sizeof m);
+    const auto copy = [rest](auto *to, const auto *p) { std::memcpy(to, p, size_t(rest) * sizeof *to); };
+    copy(param, last.param), copy(grad, last.grad), copy(m, last.m), copy(v, last.v);
+    if (last.master != nullptr) copy(master, last.master);
+    groups(Group<P, G>{param, grad, last.master == nullptr ? nullptr : master, m, v, last.m_scale, last.v_scale}, 1, update, codes);
+    copy(last.param, param), copy(last.m, m), copy(last.v, v);
+    if (last.master != nullptr) copy(last.master, master);
   });
 }
 

@@ -52,7 +52,7 @@ struct AttentionBackward {
 
 // A block of rows is a multiple of every tile height (14, 6, 4).
 constexpr int64_t FORWARD_ROWS = 336, FORWARD_KEYS = 256;
-constexpr int64_t BACKWARD_ROWS = 168, BACKWARD_KEYS = 256;
+constexpr int64_t BACKWARD_ROWS = 84, BACKWARD_KEYS = 256;
 constexpr int64_t SCORES = 256 + 16;  // floats from row to row of a tile of scores; the odd line keeps rows out of one cache set
 constexpr int64_t MAX_MR = 14;
 

@@ -22,7 +22,7 @@ struct BackwardScratch {
   float *k_panels, *v_panels, *k, *dk, *dv;                // one block of keys
   float *q_panels, *dout_panels, *q, *dout, *lse, *delta;  // one block of rows
   float *p, *ds, *dq;
-  int64_t ld;
+  int64_t ld;  // floats from row to row of dk, dv and dq; k, q and dout are panels (keys or rows of a block, NR)
 };
 
 struct KeyBlock {
@@ -77,14 +77,17 @@ static void pack_rows_of_block(const AttentionBackward &a, const BackwardScratch
   const float score_scale = s.softcap > 0 ? s.scale / s.softcap : s.scale * LOG2E;
   pack_stack_panels<T>(a.q, block.seq, s, block.kv_head, r0, r1, score_scale, w.q_panels);
   pack_stack_panels<T>(a.dout, block.seq, s, block.kv_head, r0, r1, 1.f, w.dout_panels);
-  pack_rows([&](int64_t i) { return stacked_row<const T>(a.q, block.seq, block.kv_head, group, r0 + i); }, r1 - r0, s.head_dim,
-            w.ld, w.q);
-  pack_rows([&](int64_t i) { return stacked_row<const T>(a.dout, block.seq, block.kv_head, group, r0 + i); }, r1 - r0, s.head_dim,
-            w.ld, w.dout);
+  const auto pack = [&](const HeadRows &x, float *out) {
+    pack_row_panels([&](int64_t i) { return stacked_row<const T>(x, block.seq, block.kv_head, group, r0 + i); }, r1 - r0,
+                    s.head_dim, BACKWARD_ROWS, out);
+  };
+  pack(a.q, w.q), pack(a.dout, w.dout);
   for (int64_t r = r0; r < r1; r++) {
     const T *out = stacked_row<const T>(a.out, block.seq, block.kv_head, group, r);
     V dot = zero();
-    each(s.head_dim, [&](int64_t d, int n) { dot = fma(get(out + d, n), load(w.dout + (r - r0) * w.ld + d), dot); });
+    each(s.head_dim, [&](int64_t d, int n) {
+      dot = fma(get(out + d, n), load(w.dout + d / NR * NR * BACKWARD_ROWS + (r - r0) * NR + d % NR), dot);
+    });
     w.delta[r - r0] = sum(dot);
     w.lse[r - r0] = a.lse[(block.kv_head * group + r % group) * s.tokens + block.seq.q0 + r / group] * LOG2E;
   }
@@ -154,8 +157,8 @@ static void row_block(const AttentionBackward &a, const BackwardScratch &w, cons
       fill(w.dq, 0, MR * w.ld, 0.f);
     } else {
       for (int64_t d = 0; d < w.ld; d += NR) {
-        micro<SCORES, 1, false>(span.end - span.begin, w.ds + i0 * SCORES + span.begin, w.k + span.begin * w.ld + d, w.ld, w.dq + d,
-                                w.ld);
+        micro<SCORES, 1, false>(span.end - span.begin, w.ds + i0 * SCORES + span.begin, w.k + d * BACKWARD_KEYS + span.begin * NR,
+                                NR, w.dq + d, w.ld);
       }
     }
     put_dq<T>(a, block, r0 + i0, least(r0 + i0 + MR, r1), first, last, w.dq, w.ld);
@@ -169,8 +172,9 @@ static void row_block(const AttentionBackward &a, const BackwardScratch &w, cons
     while (end < rows && visible(s, seq, (r0 + end) / group).begin < key_end) end++;
     if (begin >= end) continue;
     for (int64_t d = 0; d < w.ld; d += NR) {
-      micro<1, SCORES, true>(end - begin, w.p + begin * SCORES + j0, w.dout + begin * w.ld + d, w.ld, w.dv + j0 * w.ld + d, w.ld);
-      micro<1, SCORES, true>(end - begin, w.ds + begin * SCORES + j0, w.q + begin * w.ld + d, w.ld, w.dk + j0 * w.ld + d, w.ld);
+      const int64_t rows_at = d * BACKWARD_ROWS + begin * NR;
+      micro<1, SCORES, true>(end - begin, w.p + begin * SCORES + j0, w.dout + rows_at, NR, w.dv + j0 * w.ld + d, w.ld);
+      micro<1, SCORES, true>(end - begin, w.ds + begin * SCORES + j0, w.q + rows_at, NR, w.dk + j0 * w.ld + d, w.ld);
     }
   }
 }
@@ -200,7 +204,7 @@ static void key_block(const AttentionBackward &a, const BackwardScratch &w, cons
   const int64_t rows = seq.queries * (s.heads / s.kv_heads), keys = block.k1 - block.k0, depth = s.head_dim;
   pack_key_panels<T>(a.k, seq, depth, block.kv_head, block.k0, block.k1, w.k_panels);
   pack_key_panels<T>(a.v, seq, depth, block.kv_head, block.k0, block.k1, w.v_panels);
-  pack_key_rows<T>(a.k, seq, depth, block.kv_head, block.k0, block.k1, w.ld, w.k);
+  pack_key_rows<T>(a.k, seq, depth, block.kv_head, block.k0, block.k1, BACKWARD_KEYS, w.k);
   fill(w.dk, 0, round_up(keys, MR) * w.ld, 0.f);
   fill(w.dv, 0, round_up(keys, MR) * w.ld, 0.f);
   for (int64_t i = blocks_of(rows, BACKWARD_ROWS) - 1; i >= 0; i--) {

@@ -22,7 +22,7 @@ constexpr int64_t FEW_ROWS = 8;
 
 struct ForwardScratch {
   float *k, *v, *q, *out, *scores, *row_max, *row_sum;
-  int64_t ld;  // floats from row to row of v and out
+  int64_t ld;  // floats from row to row of out
 };
 
 // s: scores of one row, columns [c0, c1), of which [begin, end) are seen; both c0 and c1 are multiples of N. Leaves 2^(s - max)
@@ -86,7 +86,7 @@ static void packed_block(const AttentionForward &a, const ForwardScratch &w, con
   for (int64_t k0 = first_key; k0 < last_key; k0 += FORWARD_KEYS, fresh = false) {
     const int64_t k1 = least(k0 + FORWARD_KEYS, last_key);
     pack_key_panels<T>(a.k, seq, depth, kv_head, k0, k1, w.k);
-    pack_key_rows<T>(a.v, seq, depth, kv_head, k0, k1, w.ld, w.v);
+    pack_key_rows<T>(a.v, seq, depth, kv_head, k0, k1, FORWARD_KEYS, w.v);
     for (int64_t i0 = 0; i0 < rows; i0 += MR) {
       const int64_t i1 = least(i0 + MR, rows);
       const int64_t begin = most(visible(s, seq, (r0 + i0) / group).begin - k0, 0);
@@ -105,9 +105,9 @@ static void packed_block(const AttentionForward &a, const ForwardScratch &w, con
         if (!fresh && rescale != 1.f) scale_row(w.out + i * w.ld, w.ld, rescale);
       }
       for (int64_t d = 0; d < w.ld; d += NR) {
-        const float *p = w.scores + begin, *v = w.v + begin * w.ld + d;
-        fresh ? micro<SCORES, 1, false>(end - begin, p, v, w.ld, out + d, w.ld)
-              : micro<SCORES, 1, true>(end - begin, p, v, w.ld, out + d, w.ld);
+        const float *p = w.scores + begin, *v = w.v + d * FORWARD_KEYS + begin * NR;
+        fresh ? micro<SCORES, 1, false>(end - begin, p, v, NR, out + d, w.ld)
+              : micro<SCORES, 1, true>(end - begin, p, v, NR, out + d, w.ld);
       }
     }
   }

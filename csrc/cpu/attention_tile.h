@@ -75,14 +75,14 @@ static inline void pack_key_panels(const HeadRows &x, const Sequence &seq, int64
   }
 }
 
-// Keys [k0, k1) widened to (k1 - k0, ld).
+// Keys [k0, k1), widened, as panels (height, NR).
 template <class T>
 static inline void pack_key_rows(const HeadRows &x, const Sequence &seq, int64_t head_dim, int64_t kv_head, int64_t k0, int64_t k1,
-                                 int64_t ld, float *out) {
-  for (int64_t run; k0 < k1; k0 += run, out += run * ld) {
+                                 int64_t height, float *out) {
+  for (int64_t run; k0 < k1; k0 += run, out += run * NR) {
     run = run_of_keys(seq, k0, k1);
     const T *first = key_row<T>(x, seq, kv_head, k0);
-    pack_rows([&](int64_t i) { return first + i * x.token; }, run, head_dim, ld, out);
+    pack_row_panels([&](int64_t i) { return first + i * x.token; }, run, head_dim, height, out);
   }
 }
 

@@ -134,5 +134,16 @@ static inline void pack_rows(Line &&line, int64_t count, int64_t depth, int64_t 
   }
 }
 
+// out = lines, widened, as panels (height, NR) of NR columns side by side, of which the first `count` rows are written; columns
+// from `depth` on are zero. Rows a power of two apart would share few sets of the cache.
+template <class Line>
+static inline void pack_row_panels(Line &&line, int64_t count, int64_t depth, int64_t height, float *__restrict out) {
+  for (int64_t i = 0; i < count; i++, out += NR) {
+    const auto *p = line(i);
+    each(depth, [&](int64_t d, int n) { put(out + d / NR * NR * height + d % NR, get(p + d, n), N); });
+    for (int64_t d = (depth + N - 1) / N * N; d % NR != 0; d += N) store(out + d / NR * NR * height + d % NR, zero());
+  }
+}
+
 }  // namespace EP_ISA
 }  // namespace ep

@@ -18,29 +18,33 @@ Isa cpu_isa();
 #define EP_KERNEL(name, Args)
 #define EP_RUN(name, args) return (void)(args), ep::fail(EP_UNSUPPORTED, "%s has no CUDA kernel that the emulator could run", #name)
 #elif defined(EP_X86)
-#define EP_KERNEL(name, Args) \
-  namespace ep {              \
-  namespace portable {        \
-  void name(const Args &);    \
-  }                           \
-  namespace avx2 {            \
-  void name(const Args &);    \
-  }                           \
-  namespace avx512 {          \
-  void name(const Args &);    \
-  }                           \
-  namespace avx512bf16 {      \
-  void name(const Args &);    \
-  }                           \
+// Without bf16 instructions where AVX-512 is emulated (csrc/emulator/avx512.h).
+#if defined(EP_EMULATE_AVX512)
+#define EP_BF16(...)
+#else
+#define EP_BF16(...) __VA_ARGS__
+#endif
+#define EP_KERNEL(name, Args)                                \
+  namespace ep {                                             \
+  namespace portable {                                       \
+  void name(const Args &);                                   \
+  }                                                          \
+  namespace avx2 {                                           \
+  void name(const Args &);                                   \
+  }                                                          \
+  namespace avx512 {                                         \
+  void name(const Args &);                                   \
+  }                                                          \
+  EP_BF16(namespace avx512bf16 { void name(const Args &); }) \
   }
-#define EP_RUN(name, args)                                         \
-  do {                                                             \
-    switch (ep::cpu_isa()) {                                       \
-      case ep::Isa::avx512bf16: ep::avx512bf16::name(args); break; \
-      case ep::Isa::avx512: ep::avx512::name(args); break;         \
-      case ep::Isa::avx2: ep::avx2::name(args); break;             \
-      default: ep::portable::name(args);                           \
-    }                                                              \
+#define EP_RUN(name, args)                                                   \
+  do {                                                                       \
+    switch (ep::cpu_isa()) {                                                 \
+      EP_BF16(case ep::Isa::avx512bf16 : ep::avx512bf16::name(args); break;) \
+      case ep::Isa::avx512: ep::avx512::name(args); break;                   \
+      case ep::Isa::avx2: ep::avx2::name(args); break;                       \
+      default: ep::portable::name(args);                                     \
+    }                                                                        \
   } while (0)
 #else
 #define EP_KERNEL(name, Args) \

@@ -42,15 +42,21 @@ struct Inputs {
 }  // namespace
 
 static int check_inputs(const char *fn, Inputs &in, const DLTensor *hidden, const DLTensor *weight, const DLTensor *targets,
-                        const DLTensor *lse, double softcap) {
+                        const DLTensor *lse, double softcap, int64_t first = 0, int64_t whole_vocab = -1) {
   if (!view(in.hidden, hidden, fn, "hidden", 2, NUMBERS) || !view(in.weight, weight, fn, "weight", 2, NUMBERS) ||
       !view(in.targets, targets, fn, "targets", 1, I64 | GPU) || !view(in.lse, lse, fn, "lse", 1, SINGLES)) {
     return EP_INVALID_ARGUMENT;
   }
-  const int64_t tokens = in.hidden.shape[0], width = in.hidden.shape[1], vocab = in.weight.shape[0];
+  const int64_t tokens = in.hidden.shape[0], width = in.hidden.shape[1], rows = in.weight.shape[0];
+  const int64_t vocab = whole_vocab < 0 ? rows : whole_vocab;
   EP_REQUIRE(in.weight.shape[1] == width, "%s: weight must have the width of hidden, %lld, got (%lld, %lld)", fn, (long long)width,
-             (long long)vocab, (long long)in.weight.shape[1]);
-  EP_REQUIRE(width >= 1 && vocab >= 1, "%s: weight (%lld, %lld) is empty", fn, (long long)vocab, (long long)width);
+             (long long)rows, (long long)in.weight.shape[1]);
+  EP_REQUIRE(width >= 1 && rows >= 1, "%s: weight (%lld, %lld) is empty", fn, (long long)rows, (long long)width);
+  EP_REQUIRE(first >= 0 && first % SPLIT == 0 && first <= vocab && rows <= vocab - first,
+             "%s: rows [%lld, +%lld) are not a part of %lld; parts begin at multiples of %d", fn, (long long)first, (long long)rows,
+             (long long)vocab, int(SPLIT));
+  EP_REQUIRE(first + rows == vocab || rows % SPLIT == 0, "%s: a part before the last has %lld rows, not a multiple of %d", fn,
+             (long long)rows, int(SPLIT));
   EP_REQUIRE(vocab <= int64_t(1) << 31, "%s: weight has %lld rows; up to 2^31 are supported", fn, (long long)vocab);
   if (int status = check_vector(fn, "targets", in.targets, tokens)) return status;
   if (int status = check_vector(fn, "lse", in.lse, tokens)) return status;
@@ -81,7 +87,9 @@ static int check_inputs(const char *fn, Inputs &in, const DLTensor *hidden, cons
               kept,
               width,
               vocab,
-              float(softcap)};
+              float(softcap),
+              first,
+              first + rows};
   return EP_OK;
 }
 
@@ -193,12 +201,21 @@ static int check_workspace(const char *fn, const void *workspace) {
 
 static float *floats(const Tensor &t) { return reinterpret_cast<float *>(t.data); }
 
-extern "C" int ep_linear_logprob_forward(const DLTensor *hidden, const DLTensor *weight, const DLTensor *targets,
-                                         const DLTensor *logprob, const DLTensor *lse, const DLTensor *entropy,
-                                         const DLTensor *direction, double softcap, void *workspace, void *stream) {
-  const char *fn = "linear_logprob_forward";
+namespace {
+// Where the weight comes in parts: the rows that the targets name, the running values of the rows between the calls, and which
+// rows of how many the weight has.
+struct Parts {
+  const DLTensor *target_rows, *state;
+  int64_t first, vocab;
+};
+}  // namespace
+
+static int forward(const char *fn, const DLTensor *hidden, const DLTensor *weight, const DLTensor *targets, const DLTensor *logprob,
+                   const DLTensor *lse, const DLTensor *entropy, const DLTensor *direction, double softcap, void *workspace,
+                   void *stream, const Parts *parts = nullptr) {
   Inputs in;
-  if (int status = check_inputs(fn, in, hidden, weight, targets, lse, softcap)) return status;
+  const int64_t first = parts == nullptr ? 0 : parts->first, vocab = parts == nullptr ? -1 : parts->vocab;
+  if (int status = check_inputs(fn, in, hidden, weight, targets, lse, softcap, first, vocab)) return status;
   EP_VIEW(logprobv, logprob, 1, SINGLES);
   EP_VIEW_OPTIONAL(entropyv, entropy, 1, SINGLES);
   EP_VIEW_OPTIONAL(directionv, direction, 2, SINGLES);
@@ -215,6 +232,22 @@ extern "C" int ep_linear_logprob_forward(const DLTensor *hidden, const DLTensor 
   if (int status = check_apart(fn, "entropy", entropyv, "targets", in.targets)) return status;
   if (int status = check_apart(fn, "direction", directionv, "targets", in.targets)) return status;
   if (int status = check_one_device(fn, {&in.hidden, &logprobv, &entropyv, &directionv})) return status;
+  Tensor target_rows{}, state{};
+  if (parts != nullptr) {
+    EP_REQUIRE(!on_gpu(in.hidden.device), "%s: a weight in parts is for CPU memory", fn);
+    EP_REQUIRE((parts->target_rows == nullptr) == (direction == nullptr), "%s: target_rows and direction come together", fn);
+    if (!view(state, parts->state, fn, "state", 2, F32)) return EP_INVALID_ARGUMENT;
+    EP_REQUIRE(state.shape[0] == 4 && state.shape[1] == s.tokens && state.contiguous,
+               "%s: state must be contiguous (4, %lld), got (%lld, %lld)", fn, (long long)s.tokens, (long long)state.shape[0],
+               (long long)state.shape[1]);
+    if (direction != nullptr) {
+      if (!view(target_rows, parts->target_rows, fn, "target_rows", 2, FLOATS)) return EP_INVALID_ARGUMENT;
+      if (int status = check_matrix(fn, "target_rows", target_rows, "hidden", in.hidden)) return status;
+      EP_REQUIRE(target_rows.dtype == in.weight.dtype, "%s: target_rows must have the dtype of weight", fn);
+    }
+    if (int status = check_apart(fn, "state", state, "targets", in.targets)) return status;
+    if (int status = check_one_device(fn, {&in.hidden, &state, &target_rows})) return status;
+  }
 #if defined(EP_GPU)
   if (on_gpu(in.hidden.device)) {
     if (s.tokens == 0) return EP_OK;
@@ -226,7 +259,7 @@ extern "C" int ep_linear_logprob_forward(const DLTensor *hidden, const DLTensor 
   }
 #endif
   (void)stream;
-  if (direction != nullptr) clear_rows(s, directionv.data, directionv.stride[0] * 4, s.width * 4);
+  if (direction != nullptr && first == 0) clear_rows(s, directionv.data, directionv.stride[0] * 4, s.width * 4);
   clear_rows(s, logprobv.data, 4, 4);
   clear_rows(s, in.lse.data, 4, 4);
   if (entropy != nullptr) clear_rows(s, entropyv.data, 4, 4);
@@ -237,9 +270,29 @@ extern "C" int ep_linear_logprob_forward(const DLTensor *hidden, const DLTensor 
   a.logprob = floats(logprobv), a.lse = floats(in.lse), a.entropy = floats(entropyv), a.direction = floats(directionv);
   a.direction_row = directionv.stride[0];
   carve_forward(a, static_cast<char *>(workspace), s.kept, s.width);
+  if (parts != nullptr) {
+    a.row_max = floats(state), a.row_sum = a.row_max + s.tokens, a.row_spread = a.row_sum + s.tokens;
+    a.target_logit = a.row_spread + s.tokens;
+    a.target_rows = target_rows.data, a.target_row = target_rows.stride[0];
+  }
   list_rows(a.shape);
   EP_RUN(linear_logprob_forward, a);
   return EP_OK;
+}
+
+extern "C" int ep_linear_logprob_forward(const DLTensor *hidden, const DLTensor *weight, const DLTensor *targets,
+                                         const DLTensor *logprob, const DLTensor *lse, const DLTensor *entropy,
+                                         const DLTensor *direction, double softcap, void *workspace, void *stream) {
+  return forward("linear_logprob_forward", hidden, weight, targets, logprob, lse, entropy, direction, softcap, workspace, stream);
+}
+
+extern "C" int ep_linear_logprob_forward_part(const DLTensor *hidden, const DLTensor *weight, const DLTensor *targets,
+                                              const DLTensor *target_rows, const DLTensor *state, const DLTensor *logprob,
+                                              const DLTensor *lse, const DLTensor *entropy, const DLTensor *direction,
+                                              double softcap, int64_t first, int64_t vocab, void *workspace, void *stream) {
+  const Parts parts{target_rows, state, first, vocab};
+  return forward("linear_logprob_forward_part", hidden, weight, targets, logprob, lse, entropy, direction, softcap, workspace,
+                 stream, &parts);
 }
 
 extern "C" int ep_linear_logprob_backward(const DLTensor *dlogprob, const DLTensor *dentropy, const DLTensor *hidden,

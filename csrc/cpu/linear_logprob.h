@@ -8,6 +8,7 @@
 //   alike logits          [token / NR][v][NR]          ROWS tokens x BLOCK entries sums            [token / NR][k][NR] ROWS tokens
 #pragma once
 
+#include "enginepost/linear_logprob.h"
 #include "isa.h"
 #include "tensor.h"
 
@@ -21,6 +22,8 @@ struct LogprobShape {
   int64_t *rows;           // (kept): the rows whose target counts, in order
   int64_t tokens, kept, width, vocab;
   float softcap;
+  int64_t first = 0;  // the entry that weight begins with
+  int64_t end;        // the entry before which it ends
 };
 
 struct LogprobForward {
@@ -29,6 +32,8 @@ struct LogprobForward {
   float *entropy;        // (T) or null
   float *direction;      // (T, K) or null
   int64_t direction_row;
+  const char *target_rows;  // (T, K): weight[targets], where the weight comes in parts, else null
+  int64_t target_row;
   float *hidden_panels;
   float *row_max, *row_sum, *row_spread, *target_logit;  // (kept, padded)
   int32_t *turn;                                         // (groups of ROWS): how many splits of the vocabulary are merged
@@ -49,8 +54,9 @@ struct LogprobBackward {
 
 constexpr int64_t BLOCK = 252;         // a multiple of every tile height (14, 6, 4)
 constexpr int64_t SPLIT = 16 * BLOCK;  // entries of the vocabulary of one forward task; the order of summation depends on it
-constexpr int64_t ROWS = 256;          // tokens of one task: a multiple of every tile width (32, 16, 8)
-constexpr int64_t LANES = 32;          // the widest tile
+static_assert(SPLIT == EP_LINEAR_LOGPROB_PART, "parts of the weight hold whole splits");
+constexpr int64_t ROWS = 256;  // tokens of one task: a multiple of every tile width (32, 16, 8)
+constexpr int64_t LANES = 32;  // the widest tile
 
 static inline int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 // Upper bounds in floats, over all instruction sets.

@@ -109,7 +109,8 @@ static void finish_row(const LogprobForward &a, int64_t r) {
   if (a.entropy != nullptr) a.entropy[row] = log_sum - a.row_spread[r] / sum;
   if (a.direction == nullptr) return;
   float *direction = a.direction + row * a.direction_row;
-  const W *w = reinterpret_cast<const W *>(s.weight) + s.targets[row] * s.weight_row;
+  const W *w = a.target_rows != nullptr ? reinterpret_cast<const W *>(a.target_rows) + row * a.target_row
+                                        : reinterpret_cast<const W *>(s.weight) + s.targets[row] * s.weight_row;
   const V slope_v = set1(slope), factor = set1(-1.f / sum);
   each(s.width, [&](int64_t k, int n) { put(direction + k, fma(get(direction + k, n), factor, slope_v * get(w + k, n)), n); });
 }
@@ -165,13 +166,14 @@ static void forward_task(const LogprobForward &a, const ForwardScratch &w, int64
 void linear_logprob_forward(const LogprobForward &a) {
   const LogprobShape &s = a.shape;
   const int64_t groups = blocks_of(s.kept, ROWS), deep = round_up(s.width, MR), size = forward_scratch(s.kept, s.width);
-  for (int64_t i = 0; i < groups; i++) a.turn[i] = 0;
-  for (int64_t r = 0; r < s.kept; r++) a.row_max[r] = LOWEST, a.row_sum[r] = a.row_spread[r] = 0.f;
+  const int64_t first_split = s.first / SPLIT, splits = blocks_of(s.end, SPLIT) - first_split;
+  for (int64_t i = 0; i < groups; i++) a.turn[i] = int32_t(first_split);
+  for (int64_t r = 0; r < s.kept && s.first == 0; r++) a.row_max[r] = LOWEST, a.row_sum[r] = a.row_spread[r] = 0.f;
   parallel_for(blocks_of(s.kept, NR), [&](int64_t p, int) {
     float *panel = a.hidden_panels + p * NR * deep;
     s.hidden_bf16 ? pack_hidden<bf16>(s, p * NR, panel) : pack_hidden<float>(s, p * NR, panel);
   });
-  parallel_for(groups * blocks_of(s.vocab, SPLIT), [&](int64_t task, int thread) {
+  parallel_for(groups * splits, [&](int64_t task, int thread) {
     const int64_t rows = group_rows(s.kept);
     ForwardScratch w;
     w.block = a.scratch + thread * size;
@@ -180,7 +182,7 @@ void linear_logprob_forward(const LogprobForward &a) {
     w.row_max = w.logits + rows * BLOCK;
     w.row_sum = w.row_max + rows;
     w.row_spread = w.row_sum + rows;
-    forward_task(a, w, task % groups, task / groups);
+    forward_task(a, w, task % groups, first_split + task / groups);
   });
 }
 

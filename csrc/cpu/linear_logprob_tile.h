@@ -39,6 +39,7 @@ static void pack_weight(const T *weight, int64_t row, int64_t count, int64_t wid
 }
 
 static inline void pack_weight(const LogprobShape &s, int64_t v0, int64_t count, float *block) {
+  v0 -= s.first;
   if (s.weight_bf16) {
     pack_weight(reinterpret_cast<const bf16 *>(s.weight) + v0 * s.weight_row, s.weight_row, count, s.width, block);
   } else {

@@ -100,15 +100,17 @@ void merge_nonfinite(const MergeNonfinite &a) {
   int64_t total = 0;
   for (int64_t from = 0; from < a.size; from += 4096) {
     const int64_t count = a.size - from < 4096 ? a.size - from : 4096;
-    int32_t found = 0;
     if (a.x.dtype == BF16) {
       const uint16_t *x = reinterpret_cast<const uint16_t *>(a.x.data) + from;
-      for (int64_t j = 0; j < count; j++) found += (x[j] & 0x7f80) == 0x7f80;
+      uint16_t found = 0;  // as wide as an element, so that a vector holds as many
+      for (int64_t j = 0; j < count; j++) found = uint16_t(found + ((x[j] & 0x7f80) == 0x7f80));
+      total += found;
     } else {
       const uint32_t *x = reinterpret_cast<const uint32_t *>(a.x.data) + from;
+      int32_t found = 0;
       for (int64_t j = 0; j < count; j++) found += (x[j] & 0x7f800000u) == 0x7f800000u;
+      total += found;
     }
-    total += found;
   }
   *a.count = total;
 }

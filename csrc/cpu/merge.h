@@ -63,6 +63,7 @@ struct MergeMaskedSums {
   const int32_t *mask;
   double *total;
   void *workspace;
+  int32_t *kept;  // CPU: where the bits of what stays go, or null
 };
 struct MergeRankMask {
   Piece x, base;

@@ -4,6 +4,8 @@
 
 #ifndef EP_API
 
+#include <cmath>
+
 namespace ep {
 namespace EP_ISA {
 
@@ -15,14 +17,13 @@ static inline void keep_tile(ep_merge_select &s, const int32_t *mask, const floa
     return;
   }
   if (s.kind == EP_SELECT_RANDOM) {
-    uint32_t draw[TILE] = {};
-    random_tile(s.key, index, n, draw);
     if (s.limit > 0xffffffffu) {
       for (int j = 0; j < TILE; j++) keep[j] = -1;
-    } else {
-      const uint32_t limit = uint32_t(s.limit);
-      for (int j = 0; j < TILE; j++) keep[j] = -int32_t(draw[j] < limit);
+      return;
     }
+    const int32_t limit = int32_t(uint32_t(s.limit) ^ 0x80000000u);  // vectors compare signed numbers
+    draws_of_tile(s.key, index, n, keep, [=](uint32_t draw) { return -int32_t(int32_t(draw ^ 0x80000000u) < limit); });
+    for (int j = n; j < TILE; j++) keep[j] = 0;
     return;
   }
   if (s.kind == EP_SELECT_BITS) {
@@ -69,14 +70,17 @@ static inline void keep_tile(ep_merge_select &s, const int32_t *mask, const floa
   for (int j = n; j < TILE; j++) keep[j] = 0;
 }
 
-// d where keep is -1, else 0
-static inline void apply(const int32_t *keep, float *d) {
-  for (int j = 0; j < TILE; j++) d[j] = float_of(bits_of(d[j]) & keep[j]);
+// 32 bits, the first of which is bit `at` of a mask that was zero from there on.
+static inline void write_bits(uint32_t word, int64_t at, int32_t *mask) {
+  const int shift = int(at & 31);
+  mask[at >> 5] |= int32_t(word << shift);
+  if (shift != 0 && (word >> (32 - shift)) != 0) mask[(at >> 5) + 1] |= int32_t(word >> (32 - shift));
 }
 
 void merge_masked_sums(const MergeMaskedSums &a) {
   float d[TILE];
   int32_t keep[TILE];
+  if (a.kept != nullptr) std::memset(a.kept, 0, size_t((a.size + 31) / 32) * 4);
   for (int64_t block = 0; block < a.size; block += a.block) {
     const int64_t end = a.size - block < a.block ? a.size : block + a.block;
     double all = 0, kept = 0;
@@ -84,10 +88,10 @@ void merge_masked_sums(const MergeMaskedSums &a) {
       const int n = int(end - at < TILE ? end - at : TILE);
       load_delta(a.x, a.base, at, n, d);
       keep_tile(*a.select, a.mask, d, at, a.start + at, n, keep);
-      for (int j = 0; j < TILE; j++) d[j] = d[j] < 0 ? -d[j] : d[j];
-      all += sum_tile(d);
-      apply(keep, d);
-      kept += sum_tile(d);
+      for (int j = 0; j < TILE; j++) d[j] = float_of(bits_of(d[j]) & 0x7fffffff);
+      sum_tile(d, keep, all, kept);
+      if (a.kept == nullptr) continue;
+      for (int from = 0; from < n; from += 32) write_bits(pack(keep + from), at + from, a.kept);
     }
     a.total[0] += all;
     a.total[1] += kept;
@@ -152,17 +156,10 @@ void merge_rank_mask(const MergeRankMask &a) {
       random_tile(a.key, a.start + row + at, n, draw);
       look_up(limit, slot + at, n, keep);
       for (int k = 0; k < TILE; k++) keep[k] = -int32_t(int32_t(draw[k] >> 8) < keep[k]);
-      for (int from = 0; from < n; from += 32) {
-        const uint32_t word = pack(keep + from);
-        const int64_t i = row + at + from, shift = i & 31;
-        a.mask[i >> 5] |= int32_t(word << shift);
-        if (shift != 0 && (word >> (32 - shift)) != 0) a.mask[(i >> 5) + 1] |= int32_t(word >> (32 - shift));
-      }
+      for (int from = 0; from < n; from += 32) write_bits(pack(keep + from), row + at + from, a.mask);
       if (a.total == nullptr) continue;
       for (int k = 0; k < TILE; k++) d[k] = float_of(bits[at + k]);
-      all += sum_tile(d);
-      apply(keep, d);
-      kept += sum_tile(d);
+      sum_tile(d, keep, all, kept);
     }
     if (a.total == nullptr) continue;
     a.total[0] += all;
@@ -170,58 +167,87 @@ void merge_rank_mask(const MergeRankMask &a) {
   }
 }
 
+// What a tile of task vectors is put together with; keep: -1 where an element stays.
+struct Mix {
+  float scale[EP_MERGE_MAX_INPUTS], weight[EP_MERGE_MAX_INPUTS], divisor;
+  int32_t keep[EP_MERGE_MAX_INPUTS][TILE];
+  int count;
+  bool count_signs;
+  ep_merge_task_params p;
+};
+
+// A whole tile of out; returns the sum of the signs, if they are counted. With COUNT inputs, known when this is compiled, an
+// element stays in registers; 0: any number.
+//
+// An input takes part in an election where its v, turned as the sum's sign is, is above zero. A sum of zero counts as -1 where
+// zero_sign is negative, and where it is 0 nothing is above infinity.
+template <int COUNT, class T>
+static inline int32_t task_tile(const T *const *x, const T *base, const Mix &mix, float *out) {
+  const int count = COUNT > 0 ? COUNT : mix.count;
+  const V one = set1(1.f), lambda = set1(mix.p.scale), divisor = set1(mix.divisor), infinity = set1(HUGE_VALF);
+  V v[COUNT > 0 ? COUNT : EP_MERGE_MAX_INPUTS], signs = zero();
+  for (int j = 0; j < TILE; j += N) {
+    const V b = load(base + j);
+    for (int i = 0; i < count; i++) v[i] = (where(mix.keep[i] + j, load(x[i] + j) - b) * set1(mix.scale[i])) * set1(mix.weight[i]);
+    V mixed = v[0];
+    for (int i = 1; i < count; i++) mixed = mixed + v[i];
+    if (mix.p.elect) {
+      if (mix.count_signs) signs = signs + (where_above(mixed, zero(), one) - where_above(zero() - mixed, zero(), one));
+      if (mix.p.zero_sign < 0) mixed = mixed - where_zero(mixed, one);
+      const V least = mix.p.zero_sign == 0 ? where_zero(mixed, infinity) : zero();
+      V total = zero(), weights = zero();
+      for (int i = 0; i < count; i++) {
+        const V turn = turned(v[i], mixed);
+        total = total + where_above(turn, least, v[i]);
+        if (mix.p.normalize) weights = weights + where_above(turn, least, set1(mix.weight[i]));
+      }
+      mixed = mix.p.normalize ? total / (weights + where_zero(weights, one)) : total;
+    } else if (mix.p.normalize) {
+      mixed = mixed / divisor;
+    }
+    store(out + j, b + mixed * lambda);
+  }
+  return int32_t(sum(signs));
+}
+template <class T>
+static inline int32_t task_tile(const T *const *x, const T *base, const Mix &mix, float *out) {
+  if (mix.count == 2) return task_tile<2, T>(x, base, mix, out);
+  if (mix.count == 3) return task_tile<3, T>(x, base, mix, out);
+  return task_tile<0, T>(x, base, mix, out);
+}
+
 void merge_task_sum(const MergeTaskSum &a) {
-  float b[TILE], v[EP_MERGE_MAX_INPUTS][TILE], mixed[TILE], divisor[TILE], sign[TILE];
-  int32_t keep[TILE];
+  Mix mix;
+  mix.count = a.count, mix.p = a.p, mix.divisor = a.divisor, mix.count_signs = a.signs != nullptr;
+  bool halves = a.base.dtype == BF16;
+  for (int i = 0; i < a.count; i++) {
+    mix.scale[i] = a.select[i].scale, mix.weight[i] = a.select[i].weight;
+    halves = halves && a.x[i].dtype == BF16;
+    for (int j = 0; j < TILE; j++) mix.keep[i][j] = -1;
+  }
+  float b[TILE], wide[EP_MERGE_MAX_INPUTS][TILE], out[TILE];
   int64_t signs = 0;
   for (int64_t at = 0; at < a.size; at += TILE) {
     const int n = int(a.size - at < TILE ? a.size - at : TILE);
-    load_tile(a.base, at, n, b);
     for (int i = 0; i < a.count; i++) {
       ep_merge_select &s = a.select[i];
-      float *d = v[i];
-      load_tile(a.x[i], at, n, d);
-      for (int j = 0; j < TILE; j++) d[j] -= b[j];
-      const float scale = s.scale, weight = s.weight;
-      if (s.kind != EP_SELECT_ALL) {
-        keep_tile(s, a.mask[i], d, at, a.p.start + at, n, keep);
-        apply(keep, d);
-      }
-      for (int j = 0; j < TILE; j++) d[j] = (d[j] * scale) * weight;
+      if (s.kind == EP_SELECT_ALL) continue;
+      if (s.kind == EP_SELECT_MAGNITUDE) load_delta(a.x[i], a.base, at, n, wide[i]);
+      keep_tile(s, a.mask[i], wide[i], at, a.p.start + at, n, mix.keep[i]);
     }
-    for (int j = 0; j < TILE; j++) mixed[j] = v[0][j];
-    for (int i = 1; i < a.count; i++) {
-      for (int j = 0; j < TILE; j++) mixed[j] += v[i][j];
+    if (halves && n == TILE) {
+      const bf16 *x[EP_MERGE_MAX_INPUTS];
+      for (int i = 0; i < a.count; i++) x[i] = reinterpret_cast<const bf16 *>(a.x[i].data) + at;
+      signs += task_tile(x, reinterpret_cast<const bf16 *>(a.base.data) + at, mix, out);
+    } else {
+      const float *x[EP_MERGE_MAX_INPUTS];
+      load_tile(a.base, at, n, b);
+      for (int i = 0; i < a.count; i++) load_tile(a.x[i], at, n, wide[i]), x[i] = wide[i];
+      signs += task_tile(x, b, mix, out);
     }
-    if (a.p.elect) {
-      const float at_zero = float(a.p.zero_sign);
-      int32_t up = 0, down = 0;
-      for (int j = 0; j < TILE; j++) {
-        up += mixed[j] > 0;
-        down += mixed[j] < 0;
-        sign[j] = mixed[j] > 0 ? 1.f : mixed[j] < 0 ? -1.f : at_zero;
-        mixed[j] = 0.f;
-        divisor[j] = 0.f;
-      }
-      signs += up - down;
-      for (int i = 0; i < a.count; i++) {
-        const float weight = a.select[i].weight;
-        for (int j = 0; j < TILE; j++) {
-          const bool in = v[i][j] * sign[j] > 0;
-          mixed[j] += in ? v[i][j] : 0.f;
-          divisor[j] += in ? weight : 0.f;
-        }
-      }
-      if (a.p.normalize) {
-        for (int j = 0; j < TILE; j++) mixed[j] /= divisor[j] == 0 ? 1.f : divisor[j];
-      }
-    } else if (a.p.normalize) {
-      for (int j = 0; j < TILE; j++) mixed[j] /= a.divisor;
-    }
-    for (int j = 0; j < TILE; j++) mixed[j] = b[j] + mixed[j] * a.p.scale;
-    store_tile(a.out, a.out_dtype, at, n, mixed);
+    store_tile(a.out, a.out_dtype, at, n, out);
   }
-  *a.signs = signs;
+  if (a.signs != nullptr) *a.signs = signs;
 }
 
 }  // namespace EP_ISA
@@ -246,7 +272,7 @@ static bool mask_of(const int32_t *&out, const ep_merge_select &s, int64_t size,
          s.high, (long long)s.seen_low, (long long)s.seen_high);
     return false;
   }
-  if (s.kind != EP_SELECT_BITS) return true;
+  if (s.kind != EP_SELECT_BITS && s.mask == nullptr) return true;
   Tensor v;
   if (!view(v, s.mask, fn, "mask", 1, I32 | GPU) || check_one_device(fn, {&at, &v})) return false;
   if (v.size != (size + 31) / 32) {
@@ -269,6 +295,11 @@ extern "C" int ep_merge_masked_sums(const DLTensor *x, const DLTensor *base, ep_
     return EP_INVALID_ARGUMENT;
   }
   EP_REQUIRE(block >= 1, "%s: block is %lld; at least one element is wanted", fn, (long long)block);
+  if (select->kind != EP_SELECT_BITS && a.mask != nullptr) {
+    EP_REQUIRE(!on_gpu(at.device), "%s: masks are written on the CPU alone", fn);
+    a.kept = const_cast<int32_t *>(a.mask);
+    a.mask = nullptr;
+  }
   if (!workspace_of(workspace, at, fn)) return EP_INVALID_ARGUMENT;
   a.workspace = workspace;
   a.start = start;
@@ -320,7 +351,7 @@ extern "C" int ep_merge_task_sum(const DLTensor *base, const DLTensor *const *x,
   Piece o;
   if (a.size < 0 || !piece(a.base, base, fn, "base", a.size, at) || !piece(o, out, fn, "out", a.size, at))
     return EP_INVALID_ARGUMENT;
-  EP_REQUIRE(selects != nullptr && signs != nullptr, "%s: %s is missing", fn, selects == nullptr ? "selects" : "signs");
+  EP_REQUIRE(selects != nullptr, "%s: selects is missing", fn);
   if (!start_of(params.start, fn)) return EP_INVALID_ARGUMENT;
   if (!workspace_of(workspace, at, fn)) return EP_INVALID_ARGUMENT;
   a.workspace = workspace;

@@ -36,12 +36,22 @@ static inline void store_tile(char *out, unsigned dtype, int64_t at, int n, cons
   }
 }
 
+// x less the base, of which a tile has been loaded
+static inline void load_minus(const Piece &p, const float *b, int64_t at, int n, float *d) {
+  if (p.dtype == BF16) {
+    const bf16 *x = reinterpret_cast<const bf16 *>(p.data) + at;
+    each(n, [&](int64_t j, int m) { put(d + j, get(x + j, m) - get(b + j, m), m); });
+  } else {
+    const float *x = reinterpret_cast<const float *>(p.data) + at;
+    each(n, [&](int64_t j, int m) { put(d + j, get(x + j, m) - get(b + j, m), m); });
+  }
+  for (int j = n; j < TILE; j++) d[j] = 0.f;
+}
 static inline void load_delta(const Piece &x, const Piece &base, int64_t at, int n, float *d) {
-  load_tile(x, at, n, d);
-  if (base.data == nullptr) return;
+  if (base.data == nullptr) return load_tile(x, at, n, d);
   float b[TILE];
   load_tile(base, at, n, b);
-  for (int j = 0; j < TILE; j++) d[j] -= b[j];
+  load_minus(x, b, at, n, d);
 }
 
 // NOTES: bits change their type one element at a time: that becomes vector code, and a memcpy of a tile does not.
@@ -59,6 +69,34 @@ static inline float float_of(int32_t bits) {
 static inline void magnitude_bits(const float *d, int32_t *bits) {
   for (int j = 0; j < TILE; j++) bits[j] = bits_of(d[j]) & 0x7fffffff;
 }
+
+// Vectors chosen element by element: x where keep is -1, where c > least, where c == 0; else 0. v with the sign turned where s has
+// one.
+#if defined(__AVX512F__)
+static inline V where(const int32_t *keep, V x) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x.v), _mm512_loadu_si512(keep)))};
+}
+static inline V where_above(V c, V least, V x) { return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(c.v, least.v, _CMP_GT_OQ), x.v)}; }
+static inline V where_zero(V c, V x) { return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(c.v, zero().v, _CMP_EQ_OQ), x.v)}; }
+static inline V turned(V v, V s) {
+  const __m512i sign = _mm512_and_si512(_mm512_castps_si512(s.v), _mm512_set1_epi32(int32_t(0x80000000u)));
+  return {_mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(v.v), sign))};
+}
+#elif defined(__AVX2__)
+static inline V where(const int32_t *keep, V x) { return {_mm256_and_ps(x.v, load(reinterpret_cast<const float *>(keep)).v)}; }
+static inline V where_above(V c, V least, V x) { return {_mm256_and_ps(_mm256_cmp_ps(c.v, least.v, _CMP_GT_OQ), x.v)}; }
+static inline V where_zero(V c, V x) { return {_mm256_and_ps(_mm256_cmp_ps(c.v, zero().v, _CMP_EQ_OQ), x.v)}; }
+static inline V turned(V v, V s) { return {_mm256_xor_ps(v.v, _mm256_and_ps(s.v, set1(-0.f).v))}; }
+#else
+static inline V where(const int32_t *keep, V x) {
+  IntLanes k;
+  std::memcpy(&k, keep, 32);
+  return {Lanes(IntLanes(x.v) & k)};
+}
+static inline V where_above(V c, V least, V x) { return {Lanes(IntLanes(c.v > least.v) & IntLanes(x.v))}; }
+static inline V where_zero(V c, V x) { return {Lanes(IntLanes(c.v == zero().v) & IntLanes(x.v))}; }
+static inline V turned(V v, V s) { return {Lanes(IntLanes(v.v) ^ (IntLanes(s.v) & IntLanes(set1(-0.f).v)))}; }
+#endif
 
 // 32 masks (-1 or 0) to 32 bits, the first to the lowest.
 static inline uint32_t pack(const int32_t *mask) {
@@ -86,25 +124,49 @@ static inline uint32_t mix(uint32_t h) {
   return h ^ (h >> 16);
 }
 
-// Draws of elements first .. first + n.
-static inline void random_tile(uint64_t key, int64_t first, int n, uint32_t *out) {
+// out[j] = to(draw of element first + j) for j < n
+template <class Out, class To>
+static inline void draws_of_tile(uint64_t key, int64_t first, int n, Out *out, To &&to) {
   int done = 0;
   while (done < n) {
     const uint64_t index = uint64_t(first + done), z = block_key(key, index >> 16);
     const uint32_t k0 = uint32_t(z), k1 = uint32_t(z >> 32), low = uint32_t(index & 0xffff);
+    uint32_t counter = low * 0x9E3779B9u;
     const int left = int(65536 - low), count = n - done < left ? n - done : left;
-    uint32_t *o = out + done;
-    for (int j = 0; j < count; j++) o[j] = mix(mix(k0 ^ ((low + uint32_t(j)) * 0x9E3779B9u)) + k1);
+    Out *o = out + done;
+    for (int j = 0; j < count; j++, counter += 0x9E3779B9u) o[j] = to(mix(k0 ^ counter) + k1);
     done += count;
   }
 }
+static inline void random_tile(uint64_t key, int64_t first, int n, uint32_t *out) {
+  draws_of_tile(key, first, n, out, [](uint32_t draw) { return draw; });
+}
 
-static inline double sum_tile(const float *x) {
-  double lane[8] = {};
+// all += sum of a tile x, kept += sum of its elements where keep is -1 and not 0: in doubles, eight lanes.
+static inline void sum_tile(const float *x, const int32_t *keep, double &all, double &kept) {
+#if defined(__AVX2__)
+  __m256d a0 = _mm256_setzero_pd(), a1 = a0, k0 = a0, k1 = a0;
   for (int j = 0; j < TILE; j += 8) {
-    for (int l = 0; l < 8; l++) lane[l] += double(x[j + l]);
+    const __m128 x0 = _mm_loadu_ps(x + j), x1 = _mm_loadu_ps(x + j + 4);
+    a0 = _mm256_add_pd(a0, _mm256_cvtps_pd(x0));
+    a1 = _mm256_add_pd(a1, _mm256_cvtps_pd(x1));
+    k0 = _mm256_add_pd(k0, _mm256_cvtps_pd(_mm_and_ps(x0, _mm_loadu_ps(reinterpret_cast<const float *>(keep + j)))));
+    k1 = _mm256_add_pd(k1, _mm256_cvtps_pd(_mm_and_ps(x1, _mm_loadu_ps(reinterpret_cast<const float *>(keep + j + 4)))));
   }
-  return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+  double lane[4];
+  _mm256_storeu_pd(lane, _mm256_add_pd(a0, a1));
+  all += (lane[0] + lane[2]) + (lane[1] + lane[3]);
+  _mm256_storeu_pd(lane, _mm256_add_pd(k0, k1));
+  kept += (lane[0] + lane[2]) + (lane[1] + lane[3]);
+#else
+  double a[8] = {}, k[8] = {};
+  for (int j = 0; j < TILE; j += 8) {
+    for (int l = 0; l < 8; l++) a[l] += double(x[j + l]);
+    for (int l = 0; l < 8; l++) k[l] += keep[j + l] ? double(x[j + l]) : 0.0;
+  }
+  all += ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
+  kept += ((k[0] + k[4]) + (k[2] + k[6])) + ((k[1] + k[5]) + (k[3] + k[7]));
+#endif
 }
 
 }  // namespace EP_ISA

@@ -46,10 +46,15 @@ static void quantize(const Blockwise8 &a) {
       const float most = magnitude(x + from, count), divisor = most < 1e-38f ? 1e-38f : most, factor = 1.f / divisor;
       a.absmax[from >> a.shift] = whole ? most : divisor;
       if (whole) {
-        const V f = set1(factor);
-        alignas(64) float scaled[4096];
-        for (int64_t i = 0; i < count; i += N) store(scaled + i, load(x + from + i) * f);
-        encode(*a.code, scaled, count, a.q + from);
+        const auto take = [&](int64_t i) {
+          const V at = load(x + from + i) * set1(factor);
+          return where_finite(at, at, set1(__builtin_nanf("")));  // a NaN without a payload
+        };
+        if (a.code->zero > 0) {
+          encode(Encoder<true, false>(*a.code), count, a.q + from, take);
+        } else {
+          encode(Encoder<false, false>(*a.code), count, a.q + from, take);
+        }
       } else {
         for (int64_t i = from; i < from + count; i++) a.q[i] = uint8_t(nearest(*a.code, to_float(x[i]) / divisor));
       }
@@ -158,6 +163,43 @@ static float cell_end(int cell) {  // the magnitude at which a cell begins
   return cell == 0 ? 0.f : cell >= CELLS - 1 ? INFINITY : f;
 }
 
+static int32_t bits_of(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+// The tables of Encoder and Decoder. Decade d has `first` << d codes of either sign, from `code` on. Its codes n from zero are
+// those of which 2 n (where there are signs) or n + 1 (where there are none) has the exponent d + 1.
+static void fill_classes(DynamicCode &c) {
+  const bool has_signs = c.zero > 0;
+  const int first = has_signs ? 1 : 2;
+  for (int d = 0, code = c.zero + 1; d < 7; code += first << d, d++) {
+    const int count = first << d, last = code + count - 1;
+    const double step = count == 1 ? c.value[code] : (double(c.value[last]) - c.value[code]) / (count - 1);
+    c.border[d] = bits_of(c.midpoint[last]);
+    c.highest[d] = c.highest[d + 8] = uint8_t(last - c.zero);
+    c.per_code[d] = float(1 / step);
+    c.at_zero[d] = float(code - c.zero - c.value[code] / step + 0.5);
+    c.size_of_code[d] = float(has_signs ? step / 2 : step);
+    c.size_at_zero[d] = float(c.value[code] - step * (has_signs ? code - c.zero : code + 1));
+  }
+  // Class 0 has zero too, so its line goes through its midpoints; where there are signs the second is the border, and like the
+  // other borders lies two codes above the highest midpoint.
+  c.per_code[0] = (has_signs ? 2.f : 1.f) / (c.midpoint[c.zero + 1] - c.midpoint[c.zero]);
+  c.at_zero[0] = 1.f - c.midpoint[c.zero] * c.per_code[0];
+  if (has_signs) {
+    c.size_of_code[7] = 0.f, c.size_at_zero[7] = 1.f;
+  } else {  // zero, which is counted 1, and one, which is counted 256
+    c.size_of_code[7] = 1.f / 255, c.size_at_zero[7] = -c.size_of_code[7];
+  }
+  c.border[7] = INT32_MAX;
+  c.per_code[7] = 0.f, c.at_zero[7] = float(255 - c.zero) + 0.5f, c.highest[7] = c.highest[15] = uint8_t(255 - c.zero);
+  for (int i = 3; i < 16; i++) {
+    while (c.border[c.kind[i]] < (0x30 | i) << 24) c.kind[i]++;
+  }
+}
+
 static DynamicCode *build(const float *value) {
   DynamicCode *c = new DynamicCode{};
   c->value = value;
@@ -171,6 +213,7 @@ static DynamicCode *build(const float *value) {
     c->first[CELLS + cell] = uint8_t(negative);
   }
   while (value[c->zero] != 0.f) c->zero++;
+  fill_classes(*c);
   c->shift[0] = 0.5f;
   for (int kind = 1, code = c->zero + 1; kind < 8; kind++) {
     const int count = (c->zero == 0 ? 2 : 1) << (kind - 1);  // 1, 2, 4 ... values of either sign; twice that without

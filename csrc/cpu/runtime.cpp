@@ -38,11 +38,19 @@ int fail(int status, const char *format, ...) {
 static Isa best_isa() {
 #if defined(EP_X86)
   __builtin_cpu_init();
+#if !defined(EP_EMULATE_AVX512)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq")) {
     return __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+#endif
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+#if defined(EP_EMULATE_AVX512)
+    return Isa::avx512;
+#else
+    return Isa::avx2;
+#endif
+  }
 #endif
   return Isa::portable;
 }

@@ -59,7 +59,8 @@ int attention_backward(const AttentionBackward &a, void *stream) {
   x.lse = a.lse;
   x.ordered = a.ordered;
   carve(x, a.workspace);
-  return launch_backward(x, tile_family(device.compiled), stream);
+  return device.wgmma && wgmma_takes(x) ? launch_backward_wgmma(x, stream)
+                                        : launch_backward(x, tile_family(device.compiled), stream);
 }
 
 }  // namespace cuda

@@ -189,6 +189,12 @@ EP_HOST_DEVICE constexpr bool decodes(const Problem &s) {
 // No more tiles than this, whatever the lengths.
 EP_HOST_DEVICE constexpr int64_t row_tiles(const Problem &s, int rows) { return int64_t(s.tokens) * s.group / rows + s.sequences; }
 
+// The backward kernel for sm_90a: rows of a tile, which is a whole number of tokens, and how many tiles there are at most.
+EP_HOST_DEVICE constexpr int wgmma_backward_rows(int head_dim) { return head_dim <= 64 ? 128 : 64; }
+EP_HOST_DEVICE constexpr int64_t wgmma_row_tiles(const Problem &s, int rows) {
+  return s.group > rows ? 0 : int64_t(s.tokens) / (rows / s.group) + s.sequences;
+}
+
 // Where the parts of a workspace are (null: nowhere, to count alone); bytes of the whole.
 inline int64_t carve(ForwardLaunch &x, void *workspace) {
   const int64_t rows = int64_t(x.shape.tokens) * x.shape.heads;
@@ -203,11 +209,15 @@ inline int64_t carve(BackwardLaunch &x, void *workspace) {
   const Problem &s = x.shape;
   const int64_t dim = padded_head_dim(s.head_dim);
   int64_t tiles = 0, sums = 0;  // enough for every family
+  const auto room_for = [&](int64_t count, int rows) {
+    count *= s.kv_heads;
+    tiles = count > tiles ? count : tiles, sums = count * rows > sums ? count * rows : sums;
+  };
   for (TileFamily family : {TileFamily::LARGE, TileFamily::SMALL}) {
     const int rows = backward_tile(int(dim), family).rows;
-    const int64_t count = row_tiles(s, rows) * s.kv_heads;
-    tiles = count > tiles ? count : tiles, sums = count * rows > sums ? count * rows : sums;
+    room_for(row_tiles(s, rows), rows);
   }
+  if (dim == 64 || dim == 128) room_for(wgmma_row_tiles(s, wgmma_backward_rows(int(dim))), wgmma_backward_rows(int(dim)));
   Carver at{static_cast<char *>(workspace)};
   x.delta = at.take<float>(int64_t(s.tokens) * s.heads);
   x.dq_sum = at.take<float>(sums * dim);
@@ -230,7 +240,16 @@ inline bool wgmma_takes(const ForwardLaunch &a) {
          wgmma_reads(a.k, s.keys, s.kv_heads) && wgmma_reads(a.v, s.keys, s.kv_heads);
 }
 int launch_decode(const ForwardLaunch &a, void *stream);
+inline bool wgmma_takes(const BackwardLaunch &a) {
+  const Problem &s = a.shape;
+  const int dim = padded_head_dim(s.head_dim);
+  return (dim == 64 || dim == 128) && s.group <= wgmma_backward_rows(dim) && wgmma_reads(a.q, s.tokens, s.heads) &&
+         wgmma_reads(a.dout, s.tokens, s.heads) && wgmma_reads(a.k, s.keys, s.kv_heads) && wgmma_reads(a.v, s.keys, s.kv_heads);
+}
 int launch_backward(const BackwardLaunch &a, TileFamily family, void *stream);
+int launch_backward_wgmma(const BackwardLaunch &a, void *stream);
+// delta of every row, zeros in `sums` elements of dq_sum and `turns` of turn: what comes before either.
+int launch_prepare(const BackwardLaunch &a, int64_t sums, int64_t turns, void *stream);
 
 }  // namespace cuda
 }  // namespace ep

@@ -368,12 +368,7 @@ static int backward(const BackwardLaunch &a, void *stream) {
   constexpr BackwardTile tile = backward_tile(D, F);
   const Problem &s = a.shape;
   const int64_t tiles = row_tiles(s, tile.rows) * s.kv_heads, blocks = (s.keys / tile.keys + s.sequences) * s.kv_heads;
-  const int64_t work = ceil_div(int64_t(s.tokens) * s.heads, PREPARE_THREADS / 32);
-  const unsigned prepare_blocks = unsigned(work < 4096 ? work : 4096) + 1;
-  if (int status = launch(attention_prepare_kernel<T>, dim3(prepare_blocks), dim3(PREPARE_THREADS), 0, stream, a,
-                          tiles * tile.rows * D, tiles)) {
-    return status;
-  }
+  if (int status = launch_prepare(a, tiles * tile.rows * D, tiles, stream)) return status;
   if (int status = launch(attention_backward_kernel<T, D, F>, dim3(unsigned(blocks)), dim3(backward_threads<D, F>),
                           size_t(backward_shared_memory(D, F)), stream, a)) {
     return status;
@@ -390,6 +385,13 @@ static int backward(const BackwardLaunch &a, void *stream) {
     case 192: return backward<T, 192, F>(a, stream);
     default: return backward<T, 256, F>(a, stream);
   }
+}
+
+int launch_prepare(const BackwardLaunch &a, int64_t sums, int64_t turns, void *stream) {
+  const int64_t work = ceil_div(int64_t(a.shape.tokens) * a.shape.heads, PREPARE_THREADS / 32);
+  const dim3 blocks(unsigned(work < 4096 ? work : 4096) + 1);
+  return launch(a.shape.bf16 ? &attention_prepare_kernel<bf16> : &attention_prepare_kernel<fp16>, blocks, dim3(PREPARE_THREADS), 0,
+                stream, a, sums, turns);
 }
 
 int launch_backward(const BackwardLaunch &a, TileFamily family, void *stream) {

@@ -13,7 +13,7 @@
 // tensor (token, key head, head of the group, D). Keys beyond a sequence's end are those of the next one: the mask hides their
 // scores, and as 0 times a NaN is one, their rows of V are cleared before they are multiplied.
 #include "attention_tile.cuh"
-#include "hopper.cuh"
+#include "attention_wgmma.cuh"
 
 namespace ep {
 namespace cuda {
@@ -86,19 +86,6 @@ __device__ __forceinline__ void produce(const WgmmaForward &x, const Work &w, ui
   load(x.v, L::V, L::V_FULL, L::V_EMPTY, tiles - 1);
 }
 
-// Clears rows [from, N) of a tile of V: this warpgroup's products see it, and the other warpgroup writes the same.
-template <int D>
-__device__ __forceinline__ void clear_keys(uint32_t tile, uint32_t shared, int from, int thread, int group) {
-  unsigned char *at = shared_memory<unsigned char>() + (tile - shared);
-#pragma unroll 1
-  for (int i = thread; i < (N - from) * (D / 8); i += 128) {
-    const int row = from + i / (D / 8), chunk = i % (D / 8);
-    *reinterpret_cast<uint4 *>(at + chunk / 8 * (N * 128) + row * 128 + chunk % 8 * 16) = make_uint4(0, 0, 0, 0);
-  }
-  ptx::fence_async();
-  ptx::named_barrier_sync(4 + group, 128);
-}
-
 template <class T, int D>
 __device__ __forceinline__ void consume(const WgmmaForward &x, const Work &w, uint32_t shared, int group) {
   using L = Layout<D>;
@@ -135,7 +122,7 @@ __device__ __forceinline__ void consume(const WgmmaForward &x, const Work &w, ui
       const uint32_t tile = shared + L::V + stage * L::KEY_TILE;
       const uint64_t v = ptx::matrix(tile, L::KEY_PANEL, 1024);
       ptx::mbarrier_wait(shared + L::V_FULL + 8 * stage, i / STAGES & 1);
-      if (i == 0 && end < N) clear_keys<D>(tile, shared, end, thread, group);
+      if (i == 0 && end < N) clear_rows<D, N>(shared_memory<unsigned char>() + (tile - shared), end, N, thread, 4 + group);
       ptx::wgmma_hold(out);
       ptx::wgmma_hold(weights);
       ptx::wgmma_fence();
@@ -236,24 +223,6 @@ __global__ void __launch_bounds__(THREADS, 1) attention_forward_wgmma_kernel(con
 #endif
 }
 
-// (tokens, heads, D) as TMA reads it. A dimension of one element may have any stride, so it gets a lawful one.
-uint64_t lawful(int64_t stride, int64_t extent, int64_t head_dim) {
-  return extent > 1 ? uint64_t(stride) * 2 : uint64_t((head_dim + 7) / 8 * 16);
-}
-int map_keys(TensorMap &map, const Rows &x, const Problem &s) {
-  const uint64_t extent[] = {uint64_t(s.head_dim), uint64_t(s.kv_heads), uint64_t(s.keys)};
-  const uint64_t stride[] = {lawful(x.head, s.kv_heads, s.head_dim), lawful(x.token, s.keys, s.head_dim)};
-  const uint32_t box[] = {64, 1, N};
-  return make_tensor_map(map, x.data, 3, extent, stride, box);
-}
-int map_queries(TensorMap &map, const Rows &x, const Problem &s, int tokens) {
-  const uint64_t extent[] = {uint64_t(s.head_dim), uint64_t(s.group), uint64_t(s.kv_heads), uint64_t(s.tokens)};
-  const uint64_t stride[] = {lawful(x.head, s.group, s.head_dim), lawful(x.head * s.group, s.kv_heads, s.head_dim),
-                             lawful(x.token, s.tokens, s.head_dim)};
-  const uint32_t box[] = {64, uint32_t(s.group), 1, uint32_t(tokens)};
-  return make_tensor_map(map, x.data, 4, extent, stride, box);
-}
-
 template <class T, int D>
 int forward(const WgmmaForward &x, void *stream) {
   const int64_t blocks = (int64_t(x.a.shape.tokens) / x.tokens + x.a.shape.sequences) * x.a.shape.kv_heads;
@@ -267,8 +236,8 @@ int launch_forward_wgmma(const ForwardLaunch &a, void *stream) {
   x.a = a;
   x.tokens = M / a.shape.group;
   if (int status = map_queries(x.q, a.q, a.shape, x.tokens)) return status;
-  if (int status = map_keys(x.k, a.k, a.shape)) return status;
-  if (int status = map_keys(x.v, a.v, a.shape)) return status;
+  if (int status = map_keys(x.k, a.k, a.shape, N)) return status;
+  if (int status = map_keys(x.v, a.v, a.shape, N)) return status;
   const bool narrow = a.shape.head_dim <= 64;
   if (a.shape.bf16) return narrow ? forward<bf16, 64>(x, stream) : forward<bf16, 128>(x, stream);
   return narrow ? forward<fp16, 64>(x, stream) : forward<fp16, 128>(x, stream);

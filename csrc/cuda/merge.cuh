@@ -131,7 +131,7 @@ struct Draws {
   }
   __device__ __forceinline__ uint32_t operator()(int64_t index) {
     if (uint64_t(index) >> 16 != block) enter(uint64_t(index) >> 16);
-    return mix(mix(k0 ^ (uint32_t(index & 0xffff) * 0x9E3779B9u)) + k1);
+    return mix(k0 ^ (uint32_t(index & 0xffff) * 0x9E3779B9u)) + k1;
   }
 };
 

@@ -283,7 +283,7 @@ __global__ void __launch_bounds__(THREADS) task_sum(const Task t) {
       if (e < n) up += (mixed[e] > 0.f) - (mixed[e] < 0.f);
       mixed[e] = divisor[e] = 0.f;
     }
-    add_counts(t.signs, up);
+    if (t.signs != nullptr) add_counts(t.signs, up);
     for (int i = 0; i < t.count; i++) {
       const float weight = load_task(t, i, b, at, n, d);
 #pragma unroll
@@ -398,19 +398,19 @@ int merge_rank_mask(const MergeRankMask &a, void *stream) {
   if (a.total == nullptr) return EP_OK;
   ep_merge_select bits = {};
   bits.kind = EP_SELECT_BITS;
-  const MergeMaskedSums sums = {a.x, a.base, a.size, a.start, a.columns, &bits, a.mask, a.total, a.workspace};
+  const MergeMaskedSums sums = {a.x, a.base, a.size, a.start, a.columns, &bits, a.mask, a.total, a.workspace, nullptr};
   return merge_masked_sums(sums, stream);
 }
 
 int merge_task_sum(const MergeTaskSum &a, void *stream) {
-  *a.signs = 0;
+  if (a.signs != nullptr) *a.signs = 0;
   if (a.size == 0) return EP_OK;
   const Places at = places(a.workspace, a.count, a.size);
   if (const int status = prepare(at, a.x, a.mask, a.select, a.count, a.base, a.size, stream)) return status;
   Task t = {};
   t.sources = at.sources, t.crosses = at.crosses, t.base = a.base, t.count = a.count, t.normalize = a.p.normalize;
   t.zero_sign = float(a.p.zero_sign), t.scale = a.p.scale, t.divisor = a.divisor, t.start = a.p.start, t.size = a.size;
-  t.out = a.out, t.out_dtype = a.out_dtype, t.signs = at.signs;
+  t.out = a.out, t.out_dtype = a.out_dtype, t.signs = a.signs == nullptr ? nullptr : at.signs;
   auto *kernel = a.p.elect ? &task_sum<true> : &task_sum<false>;
   if (const int status = launch(kernel, run_blocks(a.size), THREADS, 0, stream, t)) return status;
   return finish(at, a.select, a.count, a.signs, stream);

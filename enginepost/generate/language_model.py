@@ -81,7 +81,7 @@ class LanguageModel:
         model = self.model
         hidden = self._hidden(sequences)
         logprob = linear_logprob(
-            hidden, model.head_weight, sent(targets, model.device), softcap=model.spec.final_softcap
+            hidden, model.head_table, sent(targets, model.device), softcap=model.spec.final_softcap
         )[0]
         return [part[:-1] for part in logprob.split([len(s) for s in sequences])]
 

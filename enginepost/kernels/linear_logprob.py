@@ -17,6 +17,9 @@ makes the logits again block by block:
 Sources: Dao et al. 2022 (FlashAttention, arXiv 2205.14135); Wijmans et al. 2024 (Cut Your Losses, arXiv 2411.09009).
 """
 
+from collections.abc import Iterator
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -24,6 +27,22 @@ from enginepost.kernels.arrays import make_callable, takes_arrays
 from enginepost.kernels.backend import GPU_HALVES, core, emulating, native, plain, to_dlpack
 
 SKIPPED = -100
+
+
+class Table(Protocol):
+    """A frozen head `[V, K]` that is not in memory as a whole: in a file, say."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """ids int64 `[T]` -> `[T, K]`."""
+
+    def parts(self, rows: int) -> Iterator[Tensor]:
+        """`rows` rows after the other, fewer in the last part. A part may be overwritten when the next is asked for."""
+
+    def whole(self) -> Tensor:
+        """All of it."""
 
 
 def reference(
@@ -46,13 +65,15 @@ def reference(
 
 @takes_arrays
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, softcap: float = 0.0, entropy: bool = False
+    hidden: Tensor, weight: Tensor | Table, targets: Tensor, *, softcap: float = 0.0, entropy: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Per-token log-probability, log-sum-exp and entropy.
 
     Args:
         hidden: `[T, K]`, weight: `[V, K]`; float32 or bfloat16 each, rows at any stride. Float64 goes to the reference, and so does
             on a GPU whatever is not both bfloat16 or both float16.
+            A weight in CPU memory may be a `Table`, which is frozen: parts of it are in memory, one after the other, and results are
+            the same bits. Only a loss that sends a gradient through the entropy asks for the whole.
         targets: int64 `[T]`, each in `[0, V)` or -100 = skipped: such a row is left out of the matrix products.
         softcap: final-logit softcap, 0 = none. entropy: whether to compute it.
 
@@ -75,6 +96,10 @@ def linear_logprob(
     >>> hidden.grad[1].abs().sum().item()  # the skipped row
     0.0
     """
+    if not isinstance(weight, Tensor):
+        if tuple(weight.shape)[1:] == hidden.shape[1:] and native(hidden, hidden.new_empty(0, dtype=weight.dtype)):
+            return _OverParts.apply(hidden, weight, targets, softcap, entropy, hidden.requires_grad)
+        weight = weight.whole()
     _check(hidden, weight, targets, softcap)
     if not _native(hidden, weight):
         return reference(hidden, weight, targets, softcap=softcap, entropy=entropy)
@@ -135,6 +160,47 @@ def _forward(
         to_dlpack(toward) if direction else None, softcap,
     )  # fmt: skip
     return results
+
+
+PARTS = 2  # blocks of LINEAR_LOGPROB_PART entries that are in memory at a time: enough work for a few threads
+
+
+class _OverParts(torch.autograd.Function):
+    """linear_logprob with a head that comes part by part."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, hidden: Tensor, table: Table, targets: Tensor, softcap: float, entropy: bool, direction: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logprob, lse, spread, toward = _empty_results(hidden, direction)
+        state = torch.empty(4, hidden.shape[0], dtype=torch.float32)
+        named = table.rows(targets.clamp(0, table.shape[0] - 1)) if direction else None
+        arguments = [to_dlpack(_rows(hidden.detach())), None, to_dlpack(targets.contiguous())]
+        first = 0
+        for part in table.parts(PARTS * core().LINEAR_LOGPROB_PART):
+            arguments[1] = to_dlpack(part)
+            core().linear_logprob_forward_part(
+                *arguments, None if named is None else to_dlpack(named), to_dlpack(state), to_dlpack(logprob), to_dlpack(lse),
+                to_dlpack(spread) if entropy else None, to_dlpack(toward) if direction else None, softcap, first, table.shape[0],
+            )  # fmt: skip
+            first += len(part)
+        ctx.table, ctx.softcap, ctx.entropy = table, softcap, entropy
+        ctx.save_for_backward(hidden, targets, lse, spread, toward)
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        return logprob, lse, spread
+
+    @staticmethod
+    def backward(ctx, dlogprob: Tensor | None, _: Tensor, dentropy: Tensor | None) -> tuple:  # type: ignore[no-untyped-def]
+        hidden, targets, lse, spread, toward = ctx.saved_tensors
+        if not ctx.entropy or dentropy is None:
+            dhidden = None if dlogprob is None else (toward * dlogprob.unsqueeze(1)).to(hidden.dtype)
+        else:
+            dlogprob = torch.zeros_like(lse) if dlogprob is None else dlogprob
+            dhidden, _ = torch.ops.enginepost.linear_logprob_backward(
+                dlogprob, dentropy, hidden, ctx.table.whole(), targets, lse, spread, ctx.softcap, True, False
+            )
+        return dhidden, None, None, None, None, None
 
 
 @torch.library.custom_op("enginepost::linear_logprob", mutates_args=())

@@ -47,8 +47,8 @@ class Select:
         first `low_skip` go, of those equal to `high` the first `high_keep` stay (both hold when low == high).
     seen: how many elements equal to low and high came in earlier chunks of the tensor; the functions here count on, while it
         matters.
-    masks: for "ranked", a place to keep the masks of chunks between passes (packed bits, by the chunk's start), or None to make them
-        again in every pass.
+    masks: for "random" and "ranked", a place to keep the masks of chunks between masked_sums and task_sum (packed bits, by the
+        chunk's start), or None to make them again in every pass.
     """
 
     kind: str = "all"
@@ -65,8 +65,8 @@ class Select:
 
 
 def random_bits(key: int, start: int, count: int) -> np.ndarray:
-    """uint32 `[count]` for elements start .. start + count: two rounds of a 32-bit finaliser (lowbias32, Wellons 2018) over the low
-    16 bits of the element's index, keyed by splitmix64 (Steele et al. 2014) of (key, index / 2^16)."""
+    """uint32 `[count]` for elements start .. start + count: a 32-bit finaliser (lowbias32, Wellons 2018) over the low 16 bits of
+    the element's index, with 64 bits of key, before and after, from splitmix64 (Steele et al. 2014) of (key, index / 2^16)."""
     index = np.arange(start, start + count, dtype=np.uint64)
     with np.errstate(over="ignore"):
         blocks = np.arange(start >> 16, ((start + count - 1) >> 16) + 1 if count else start >> 16, dtype=np.uint64)
@@ -75,8 +75,7 @@ def random_bits(key: int, start: int, count: int) -> np.ndarray:
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = (z ^ (z >> np.uint64(31)))[((index >> np.uint64(16)) - np.uint64(start >> 16)).astype(np.int64)]
         low = (index & np.uint64(0xFFFF)).astype(np.uint32) * np.uint32(0x9E3779B9)
-        h = _mix((z & np.uint64(0xFFFFFFFF)).astype(np.uint32) ^ low)
-        return _mix(h + (z >> np.uint64(32)).astype(np.uint32))
+        return _mix((z & np.uint64(0xFFFFFFFF)).astype(np.uint32) ^ low) + (z >> np.uint64(32)).astype(np.uint32)
 
 
 def _mix(h: np.ndarray) -> np.ndarray:
@@ -174,7 +173,10 @@ def masked_sums(x: Tensor, base: Tensor, select: Select, start: int, columns: in
         _draw_ranked(x, base, select, start, columns, total)
         return
     if _taken(x, base):
-        given = [_described(select, 1.0, None)]
+        kept = None  # the GPU draws faster than it reads
+        if select.kind == "random" and select.masks is not None and x.device.type == "cpu" and not emulating():
+            kept = select.masks[start] = torch.empty((x.numel() + 31) // 32, dtype=torch.int32)
+        given = [_described(select, 1.0, kept)]
         [select.seen] = core().merge_masked_sums(_capsule(x), _capsule(base), given, start, block, _numbers(total))
         return
     keep = keep_mask(x, base, select, start, columns).numpy()
@@ -232,21 +234,32 @@ def rank_limits(bits: np.ndarray, density: float, epsilon: float) -> np.ndarray:
 def task_sum(
     base: Tensor, tensors: Sequence[Tensor], selects: Sequence[Select], weights: Sequence[float], out: Tensor, *,
     elect: bool, normalize: bool, scale: float = 1.0, zero_sign: int = 1, start: int = 0, columns: int = 1,
+    count_signs: bool = True,
 ) -> int:  # fmt: skip
     """out = base + scale * (weighted, masked, optionally elected and normalised) sum of task vectors.
 
     v_i = w_i (s_i m_i d_i). With `elect` (TIES, arXiv 2306.01708) only the v_i that share the sign of their sum take part, a sum of
     exactly zero counting as `zero_sign`; then `normalize` divides by the weights that took part (by 1 where they sum to 0). Without,
-    it divides by the sum of all weights. Advances the selects; returns the sum of the elected signs (0 for a zero sum).
+    it divides by the sum of all weights. Advances the selects; returns the sum of the elected signs (0 for a zero sum), or
+    0 where they are not counted.
     """
     if _taken(base, *tensors) and len(tensors) <= MAX_INPUTS:
-        given = [
-            _described(select, weight, _mask(x, base, select, start, columns))
-            for x, select, weight in zip(tensors, selects, weights, strict=True)
-        ]
+        given = []
+        for x, select, weight in zip(tensors, selects, weights, strict=True):
+            mask = _mask(x, base, select, start, columns)
+            given.append(_described(select, weight, mask, "" if mask is None else "ranked"))
         with _Result(out) as target:
             signs, seen = core().merge_task_sum(
-                _capsule(base), _capsules(tensors), given, elect, normalize, zero_sign, scale, start, to_dlpack(target)
+                _capsule(base),
+                _capsules(tensors),
+                given,
+                elect,
+                normalize,
+                zero_sign,
+                scale,
+                start,
+                to_dlpack(target),
+                count_signs,
             )
         for select, pair in zip(selects, seen, strict=True):
             select.seen = pair
@@ -263,7 +276,7 @@ def task_sum(
     if elect:
         total = sum(parts[1:], parts[0].clone())
         sign = torch.sign(total)
-        signs = int(sign.sum())
+        signs = int(sign.sum()) if count_signs else 0
         majority = torch.where(total == 0, float(zero_sign), sign)
         taken = [torch.sign(v) == majority for v in parts]
         mixed = sum((torch.where(m, v, 0.0) for m, v in zip(taken, parts, strict=True)), torch.zeros_like(b))
@@ -332,19 +345,19 @@ class _Result:
 _KINDS = {"all": 0, "none": 1, "magnitude": 2, "random": 3, "ranked": 4}
 
 
-def _described(s: Select, weight: float, mask: Tensor | None) -> tuple[Any, ...]:
-    """A selection as the bindings take it."""
+def _described(s: Select, weight: float, mask: Tensor | None, kind: str = "") -> tuple[Any, ...]:
+    """A selection as the bindings take it, of its own or another kind."""
     limit = draw_limit(s.density) if s.kind == "random" else 0
-    return (_KINDS[s.kind], s.low, s.high, s.low_skip, s.high_keep, *s.seen, s.key, limit, s.scale, weight,
+    return (_KINDS[kind or s.kind], s.low, s.high, s.low_skip, s.high_keep, *s.seen, s.key, limit, s.scale, weight,
             None if mask is None else to_dlpack(mask))  # fmt: skip
 
 
 def _mask(x: Tensor, base: Tensor, select: Select, start: int, columns: int) -> Tensor | None:
-    """Packed bits of a ranked selection, int32 `[ceil(n / 32)]`."""
-    if select.kind != "ranked":
-        return None
+    """Packed bits of a ranked selection, or of one that was kept, int32 `[ceil(n / 32)]`."""
     if select.masks is not None and start in select.masks:
         return select.masks[start]
+    if select.kind != "ranked":
+        return None
     return _draw_ranked(x, base, select, start, columns, None)
 
 

@@ -90,7 +90,7 @@ def _loss(model: LanguageModel, rows: list[Any], fitness: Fitness) -> float:
     for members in plan_batches(np.array([len(r.ids) for r in rows]), batch_size=4, max_length=fitness.max_length):
         batch = collate([rows[i] for i in members])
         hidden = net.hidden(batch.ids, batch.cu_seqlens, batch.positions)
-        logprob = linear_logprob(hidden, net.head_weight, batch.targets, softcap=net.spec.final_softcap)[0]
+        logprob = linear_logprob(hidden, net.head_table, batch.targets, softcap=net.spec.final_softcap)[0]
         total -= logprob.double().sum().item()
         count += int((batch.targets != -100).sum())
     return -total / count

@@ -1,15 +1,15 @@
 """The files of a merge being written: headers first, then tensors at their offsets in any order, several at once, resumable.
 
 Everything is made in `.OUT.partial` beside OUT and renamed at the end. `journal.jsonl` there begins with a fingerprint of the merge
-(recipe, options, inputs) and gets a line for every finished tensor with the SHA-256 of its bytes. A merge that was killed and is
+(recipe, options, inputs) and gets a line for every finished tensor with the XXH3-128 of its bytes. A merge that was killed and is
 started again with the same fingerprint keeps the tensors whose bytes still have that checksum; with another one it starts anew.
+The checksum (XXH3-128) is against torn writes, not against forgers: SHA-256 takes longer than the arithmetic of a linear merge.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from enginepost.checkpoint.atomic import check_space, make_directory, sync_directory, write_json
 from enginepost.checkpoint.format import TensorInfo, make_header
@@ -42,7 +43,7 @@ class Output:
         shard_bytes: most bytes of tensors in a file.
         fingerprint: what makes this merge this merge.
     Attributes:
-        partial: the directory worked in. done: {name: sha256} of finished tensors.
+        partial: the directory worked in. done: {name: XXH3-128} of finished tensors.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Output:
             self._journal = open(self.partial / JOURNAL, "w", encoding="utf-8")
             self._note({"fingerprint": fingerprint})
             for name, digest in self.done.items():
-                self._note({"tensor": name, "sha256": digest})
+                self._note({"tensor": name, "xxh3_128": digest})
         except OSError as error:
             raise self._explain(error) from None
 
@@ -106,7 +107,7 @@ class Output:
     def finish(self, name: str, digest: str) -> None:
         with self._lock:
             self.done[name] = digest
-            self._note({"tensor": name, "sha256": digest})
+            self._note({"tensor": name, "xxh3_128": digest})
 
     def close(self) -> None:
         """Bring the weights to the disk and write the index; the directory is not yet renamed."""
@@ -144,7 +145,7 @@ class Output:
 
     def _digest(self, name: str) -> str:
         handle, info = self._place[name]
-        digest = hashlib.sha256()
+        digest = xxhash.xxh3_128()
         for at in range(info.begin, info.end, 1 << 22):
             digest.update(os.pread(handle, min(1 << 22, info.end - at), at))
         return digest.hexdigest()
@@ -170,7 +171,7 @@ def partial_directory(directory: Path) -> Path:
 
 
 def read_journal(partial: Path, fingerprint: str) -> dict[str, str] | None:
-    """{tensor: sha256} of an earlier attempt at the same merge; None if there was none. A line cut short by a kill is left out."""
+    """{tensor: checksum} of an earlier attempt at the same merge; None if there was none. A line cut short by a kill is left out."""
     try:
         lines = (partial / JOURNAL).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
@@ -183,7 +184,7 @@ def read_journal(partial: Path, fingerprint: str) -> dict[str, str] | None:
             break
     if not entries or entries[0].get("fingerprint") != fingerprint:
         return None
-    return {entry["tensor"]: entry["sha256"] for entry in entries[1:]}
+    return {entry["tensor"]: entry["xxh3_128"] for entry in entries[1:]}
 
 
 def discard(directory: Path) -> None:

@@ -28,10 +28,11 @@ from enginepost.merge.output import DiskError, Output, discard, partial_director
 from enginepost.merge.plan import Task, make_tasks
 from enginepost.merge.recipe import ModelRef, Recipe, read_recipes
 from enginepost.merge.registry import MergeError
+from enginepost.merge.tokens import read_tokens
 from enginepost.merge.vocabulary import Vocabulary, build, rearrange
 
 RECORD = "merge_run.json"
-_VERSION = 1  # of what the same recipe gives; part of the fingerprint
+_VERSION = 2  # of what the same recipe gives; part of the fingerprint
 _PRECIOUS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -312,7 +313,7 @@ def _write(
         "fingerprint": fingerprint, "method": recipe.method.name, "seed": seed, "torch": torch.__version__,
         "threads": limit.threads, "models": {str(ref): str(places[ref][0]) for ref in places}, "notes": recipe.notes,
         "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "sha256": {task.name: output.done[task.name] for task in tasks},
+        "xxh3_128": {task.name: output.done[task.name] for task in tasks},
     }  # fmt: skip
     write_json(partial / RECORD, record)
     for leftover in ("vocabulary", "adapters"):
@@ -409,13 +410,11 @@ def _check_architectures(recipe: Recipe, models: Mapping[ModelRef, Model]) -> No
     digests = {ref: tuple(_digest(model.directory / name) for name in _PRECIOUS) for ref, model in models.items()}
     known = {ref: digest for ref, digest in digests.items() if any(digest)}
     if len(set(known.values())) > 1:
-        from enginepost.merge.vocabulary import read_tokenizer, vocabulary_of
-
         try:
-            tables = {ref: vocabulary_of(read_tokenizer(models[ref])) for ref in known}
-        except MergeError:
+            tables = {ref: read_tokens(models[ref]).ids for ref in known}
+        except MergeError as error:
             recipe.notes.append(
-                "the tokenizer files differ, and not all have a tokenizer.json to compare; rows are merged by number."
+                f"the tokenizer files differ and cannot be compared; rows are merged by number. {error}"
             )
             return
         base = next(iter(tables))

@@ -29,6 +29,7 @@ def _gram(inputs: Inputs, deltas: bool) -> np.ndarray:
     total = np.zeros((len(inputs.models), len(inputs.models)))
     for chunk in inputs.chunks():
         kernel.gram(chunk.models, chunk.base if deltas else None, total)
+    inputs.finite = bool(np.isfinite(total).all()) and (deltas or inputs.base is None)
     return total
 
 
@@ -72,6 +73,7 @@ def _slerp(inputs: Inputs, p: Params) -> list[float]:
     assert inputs.base is not None
     both = Inputs(inputs.name, [inputs.base, inputs.models[0]], chunk=inputs.chunk, device=inputs.device)
     g = _gram(both, deltas=False)
+    inputs.finite = both.finite
     norm = [n if n > 1e-8 else 1.0 for n in (math.sqrt(g[0, 0]), math.sqrt(g[1, 1]))]
     dot = max(-1.0, min(1.0, g[0, 1] / norm[0] / norm[1]))
     t = p["t"]

@@ -18,7 +18,7 @@ Where mergekit and the papers differ, mergekit's way is the default:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -51,31 +51,53 @@ _EVERY = 17  # one run in so many is the sample; odd, so that it comes by all co
 _WIDEST = 32  # upper halves that a window spans at most
 
 
-def _at_places(pieces: list[Inputs], model: int, places: list[int]) -> list[tuple[int, int]]:
-    """(bits, how many are smaller) of the elements at these places of the ascending order of magnitudes.
+def _at_places(pieces: list[Inputs], places: Mapping[int, list[int]]) -> dict[int, list[tuple[int, int]]]:
+    """(bits, how many are smaller) of the elements at these places, given by model, of the ascending order of magnitudes.
 
     Counts by the upper halves of the bits say in which window of magnitudes a place lies; one pass then counts that window by all
     bits, and what is below it. In a large tensor the first count is of a sample. Should a place lie outside its window after all,
-    everything is counted once more, without sampling."""
+    everything of that model is counted once more, without sampling. All models are counted in the same passes."""
     total = sum(inputs.numel for inputs in pieces)
+    found: dict[int, list[tuple[int, int]]] = {}
     for every in (_EVERY, 1) if total >= _SAMPLE_FROM else (1,):
-        tables = np.zeros((2, 1 << kernel.TOP_BITS), dtype=np.int64)
+        left = [model for model in places if model not in found]
+        if not left:
+            break
+        tables = {model: np.zeros((2, 1 << kernel.TOP_BITS), dtype=np.int64) for model in left}
         for chunk in (chunk for inputs in pieces for chunk in inputs.chunks()):
-            kernel.magnitude_counts(chunk.models[model], chunk.base, tables, every)
-        upto = np.cumsum(tables.sum(0))
-        windows = [_window(upto, place, total) for place in places]
-        counts = np.zeros(sum(1 + width for _, width in windows), dtype=np.int64)
+            for model in left:
+                kernel.magnitude_counts(chunk.models[model], chunk.base, tables[model], every)
+        windows = {}
+        for model in left:
+            upto = np.cumsum(tables[model].sum(0))
+            windows[model] = [_window(upto, place, total) for place in places[model]]
+        counts = {model: np.zeros(sum(1 + width for _, width in windows[model]), dtype=np.int64) for model in left}
         for chunk in (chunk for inputs in pieces for chunk in inputs.chunks()):
-            kernel.window_counts(chunk.models[model], chunk.base, windows, counts)
-        found = []
-        for place, (low, width) in zip(places, windows, strict=True):
-            smaller, counts = np.cumsum(counts[: 1 + width]), counts[1 + width :]
-            at = int(np.searchsorted(smaller, place, side="right")) - 1  # smaller[i]: how many have bits below low + i
-            if 0 <= at < width:
-                found.append((low + at, int(smaller[at])))
-        if len(found) == len(places):
-            return found
-    raise AssertionError("a full count misses no place")
+            for model in left:
+                kernel.window_counts(chunk.models[model], chunk.base, windows[model], counts[model])
+        for model in left:
+            here = [
+                _in_window(place, *given)
+                for place, given in zip(places[model], _split(counts[model], windows[model]), strict=True)
+            ]
+            if None not in here:
+                found[model] = [place for place in here if place is not None]
+    assert len(found) == len(places), "a full count misses no place"
+    return found
+
+
+def _split(counts: np.ndarray, windows: list[tuple[int, int]]) -> Iterator[tuple[int, np.ndarray]]:
+    """(low, counts) of each window."""
+    for low, width in windows:
+        yield low, counts[: 1 + width]
+        counts = counts[1 + width :]
+
+
+def _in_window(place: int, low: int, counts: np.ndarray) -> tuple[int, int] | None:
+    """(bits, how many are smaller) of the element at a place; None where it lies outside the window."""
+    smaller = np.cumsum(counts)  # [i]: how many have bits below low + i
+    at = int(np.searchsorted(smaller, place, side="right")) - 1
+    return (low + at, int(smaller[at])) if 0 <= at < len(counts) - 1 else None
 
 
 def _window(upto: np.ndarray, place: int, total: int) -> tuple[int, int]:
@@ -90,39 +112,46 @@ def _window(upto: np.ndarray, place: int, total: int) -> tuple[int, int]:
     return first << LOW_BITS, (last + 1 - first) << LOW_BITS
 
 
-def _magnitude_select(pieces: list[Inputs], model: int, kept: tuple[int, int], n: int, ties: str) -> Select:
-    first, end = kept
-    if first >= end:
-        return Select("none")
-    if first == 0 and end == n:
-        return Select("all")
-    places = [first] if end >= n else [first, end]
-    found = _at_places(pieces, model, places)
-    bits, smaller = found[0]
-    select = Select("magnitude", low=bits, low_skip=first - smaller)
-    if end < n:
-        bits, smaller = found[1]
-        select.high, select.high_keep = bits, end - smaller
-    if ties == "all":
-        select.low_skip = 0
-        select.high_keep = n if select.low == select.high else select.high_keep
-    return select
+def _magnitude_selects(
+    pieces: list[Inputs], kept: Mapping[int, tuple[int, int]], n: int, ties: str
+) -> dict[int, Select]:
+    """The selections of what is `kept`, by model, [first, end) of the ascending order of n magnitudes."""
+    selects, places = {}, {}
+    for model, (first, end) in kept.items():
+        if first >= end:
+            selects[model] = Select("none")
+        elif first == 0 and end == n:
+            selects[model] = Select("all")
+        else:
+            places[model] = [first] if end >= n else [first, end]
+    for model, found in _at_places(pieces, places).items():
+        first, end = kept[model]
+        bits, smaller = found[0]
+        select = Select("magnitude", low=bits, low_skip=first - smaller)
+        if end < n:
+            bits, smaller = found[1]
+            select.high, select.high_keep = bits, end - smaller
+        if ties == "all":
+            select.low_skip = 0
+            select.high_keep = n if select.low == select.high else select.high_keep
+        selects[model] = select
+    return selects
 
 
 def _selects(inputs: Inputs, p: Params, kind: str) -> list[Select]:
     selects = []
+    trimmed: dict[int, Select] = {}
+    if kind == "magnitude" and p["trim"] == "tensor":
+        ranges = {i: _kept_range(p, i, inputs.numel) for i in range(len(inputs.models))}
+        kept = {i: r for i, r in ranges.items() if r is not None}
+        trimmed = _magnitude_selects([inputs], kept, inputs.numel, p["magnitude_ties"])
     for i in range(len(inputs.models)):
         density = p["density"][i]
         if density >= 1 or not kind:
             selects.append(Select("all"))
             continue
         if kind == "magnitude":
-            if p["trim"] == "model":
-                select = replace(inputs.shared["selects"][i])
-            else:
-                kept = _kept_range(p, i, inputs.numel)
-                assert kept is not None
-                select = _magnitude_select([inputs], i, kept, inputs.numel, p["magnitude_ties"])
+            select = trimmed[i] if p["trim"] == "tensor" else replace(inputs.shared["selects"][i])
         elif density <= 0:
             select = Select("none")
         elif kind == "random":
@@ -135,23 +164,32 @@ def _selects(inputs: Inputs, p: Params, kind: str) -> list[Select]:
                     f"between 0 and 1; density is {density} and epsilon {epsilon}."
                 )
             select = Select("ranked", density=density, epsilon=epsilon, key=inputs.random_key(i))
-            if p["rescale"] and inputs.numel * len(inputs.models) / 8 <= inputs.spare:
-                select.masks = {}  # made once, for the sums and for the result
-        if p["rescale"] and select.kind not in ("all", "none"):
-            select.scale = _scale(inputs, i, select, p)
         selects.append(select)
+    if p["rescale"]:
+        _rescale(inputs, p, {i: s for i, s in enumerate(selects) if s.kind not in ("all", "none")})
     return selects
 
 
-def _scale(inputs: Inputs, i: int, select: Select, p: Params) -> float:
+def _rescale(inputs: Inputs, p: Params, selects: dict[int, Select]) -> None:
+    """Set the scale of selections (by model) to what makes up for the dropped elements: one pass, for all models together."""
     if p["rescale_rule"] == "density":
-        return 1.0 / p["density"][i]
-    sums = np.zeros(2)
-    counting = replace(select)
+        for i, select in selects.items():
+            select.scale = 1.0 / p["density"][i]
+        return
+    if not selects:
+        return
+    if inputs.numel * len(inputs.models) / 8 <= inputs.spare:
+        for select in selects.values():
+            select.masks = {}  # made once, for the sums and for the result
+    sums = {i: np.zeros(2) for i in selects}
+    counting = {i: replace(select) for i, select in selects.items()}
     for chunk in inputs.chunks():
         assert chunk.base is not None
-        kernel.masked_sums(chunk.models[i], chunk.base, counting, chunk.start, chunk.columns, sums)
-    return 1.0 if sums.min() < 1e-7 else float(sums[0] / sums[1])
+        for i in selects:
+            kernel.masked_sums(chunk.models[i], chunk.base, counting[i], chunk.start, chunk.columns, sums[i])
+    inputs.finite = len(sums) == len(inputs.models) and all(np.isfinite(s[0]) for s in sums.values())
+    for i, select in selects.items():
+        select.scale = 1.0 if sums[i].min() < 1e-7 else float(sums[i][0] / sums[i][1])
 
 
 def _reduce(kind: str, elect: bool) -> Any:
@@ -161,24 +199,24 @@ def _reduce(kind: str, elect: bool) -> Any:
             signs = 0
             trial = {"selects": [replace(s) for s in facts["selects"]], "zero_sign": 1}
             for chunk in inputs.chunks():
-                signs += _task_sum(chunk, p, trial, torch.empty(chunk.numel, device=inputs.device), elect)
+                signs += _task_sum(chunk, p, trial, torch.empty(chunk.numel, device=inputs.device), elect, True)
             facts["zero_sign"] = (signs > 0) - (signs < 0)
         return facts
 
     return reduce
 
 
-def _task_sum(chunk: Chunk, p: Params, facts: dict[str, Any], out: Tensor, elect: bool) -> int:
+def _task_sum(chunk: Chunk, p: Params, facts: dict[str, Any], out: Tensor, elect: bool, count: bool) -> int:
     assert chunk.base is not None
     return kernel.task_sum(
         chunk.base, chunk.models, facts["selects"], p["weight"], out, elect=elect, normalize=p["normalize"],
-        scale=p["lambda"], zero_sign=facts["zero_sign"], start=chunk.start, columns=chunk.columns,
+        scale=p["lambda"], zero_sign=facts["zero_sign"], start=chunk.start, columns=chunk.columns, count_signs=count,
     )  # fmt: skip
 
 
 def _combine(elect: bool) -> Any:
     def combine(chunk: Chunk, p: Params, facts: dict[str, Any], out: Tensor) -> None:
-        _task_sum(chunk, p, facts, out, elect)
+        _task_sum(chunk, p, facts, out, elect, False)
 
     return combine
 
@@ -194,12 +232,10 @@ def survey(pieces: list[tuple[Inputs, Params]]) -> dict[str, Any]:
                     f"here it is {p[key]}, elsewhere {first[key]}."
                 )
     n = sum(inputs.numel for inputs, _ in pieces)
-    selects = []
-    for i in range(len(first["density"])):
-        kept = _kept_range(first, i, n)
-        tensors = [inputs for inputs, _ in pieces]
-        selects.append(Select("all") if kept is None else _magnitude_select(tensors, i, kept, n, "all"))
-    return {"selects": selects}
+    ranges = {i: _kept_range(first, i, n) for i in range(len(first["density"]))}
+    kept = {i: r for i, r in ranges.items() if r is not None}
+    selects = _magnitude_selects([inputs for inputs, _ in pieces], kept, n, "all")
+    return {"selects": [selects.get(i, Select("all")) for i in ranges]}
 
 
 _WEIGHT = Param("weight", scope="model", about="multiplies the task vector")

@@ -81,6 +81,7 @@ class Inputs:
         rows: whether chunks hold whole rows; columns: length of a row.
         device: where chunks go, "cpu" or "cuda".
         shared: facts about the whole model that a method asked for (see `Method.survey`).
+    finite: whether a reduction has found out that all inputs are finite, which then need not be looked at again.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Inputs:
     shared: dict = field(default_factory=dict)
     columns: int = 0
     device: str = "cpu"
+    finite: bool = False
 
     def __post_init__(self) -> None:
         first = self.models[0] if self.models else self.base

@@ -10,7 +10,6 @@ Rearranged tensors go to files of their own, in blocks of tokens, so that memory
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +19,11 @@ import numpy as np
 import torch
 
 from enginepost.checkpoint import Checkpoint, Writer
-from enginepost.checkpoint.format import parse_json
 from enginepost.merge.models import Model
 from enginepost.merge.plan import is_vocabulary
 from enginepost.merge.recipe import ModelRef, Recipe, TokenizerSetting, TokenSource
 from enginepost.merge.registry import MergeError
+from enginepost.merge.tokens import extended, read_tokens
 
 _BLOCK_BYTES = 16 << 20
 
@@ -46,48 +45,18 @@ class Vocabulary:
     notes: list[str] = field(default_factory=list)
 
 
-def read_tokenizer(model: Model) -> dict[str, Any]:
-    path = model.directory / "tokenizer.json"
-    try:
-        content = parse_json(path.read_bytes(), path, "the tokenizer")
-    except OSError:
-        raise MergeError(
-            f"{model.ref}: has no tokenizer.json, which a merge of vocabularies needs. Make one with "
-            "`AutoTokenizer.from_pretrained(DIR, use_fast=True).save_pretrained(DIR)`, or leave `tokenizer` out of the recipe."
-        ) from None
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise MergeError(f"{path}: is not a tokenizer of the tokenizers library (it has no model).")
-    return content
-
-
-def vocabulary_of(tokenizer: Mapping[str, Any]) -> dict[str, int]:
-    """{token: id}, the added ones included, in the order of ids."""
-    listed = tokenizer["model"].get("vocab", {})
-    if isinstance(listed, dict):
-        tokens = {str(token): int(i) for token, i in listed.items()}
-    else:  # Unigram: [[piece, score], ...]
-        tokens = {str(entry[0]): i for i, entry in enumerate(listed)}
-    for entry in tokenizer.get("added_tokens") or []:
-        tokens[str(entry["content"])] = int(entry["id"])
-    return dict(sorted(tokens.items(), key=lambda item: item[1]))
-
-
 def build(recipe: Recipe, setting: TokenizerSetting, models: Mapping[ModelRef, Model]) -> Vocabulary:
     """The merged vocabulary as the recipe's `tokenizer` says."""
     refs = list(models)
     base = recipe.base_model or refs[0]
-    tokenizers = {ref: read_tokenizer(models[ref]) for ref in refs}
-    vocabularies = {ref: vocabulary_of(tokenizer) for ref, tokenizer in tokenizers.items()}
+    vocabularies = {ref: read_tokens(models[ref]) for ref in refs}
     donor = setting.source if isinstance(setting.source, ModelRef) else base
     if donor not in models:
         raise MergeError(
             f"{recipe.file}: the tokenizer's source {donor} is not one of the merged models ({', '.join(map(str, refs))})."
         )
-    tokens = dict(vocabularies[donor])
-    merged = json.loads(json.dumps(tokenizers[donor]))
-    added = merged.setdefault("added_tokens", []) or []
-    merged["added_tokens"] = added
-    known_added = len(added)
+    tokens = dict(vocabularies[donor].ids)
+    added: list[dict[str, Any]] = []
 
     def add(token: str, entry: Mapping[str, Any] | None) -> None:
         if token in tokens:
@@ -106,14 +75,10 @@ def build(recipe: Recipe, setting: TokenizerSetting, models: Mapping[ModelRef, M
 
     if setting.source == "union":
         others = [ref for ref in [base, *refs]]
-        entries = {
-            ref: {str(e["content"]): e for e in tokenizers[ref].get("added_tokens") or []}
-            for ref in dict.fromkeys(others)
-        }
         for only_added in (False, True):  # plain tokens first, then the special ones, as mergekit has them
-            for ref, own in entries.items():
-                limit = models[ref].vocabulary
-                for token, number in vocabularies[ref].items():
+            for ref in dict.fromkeys(others):
+                own, limit = vocabularies[ref].added, models[ref].vocabulary
+                for token, number in vocabularies[ref].ids.items():
                     if (token in own) == only_added and (limit is None or number < limit):
                         add(token, own.get(token))
     for token in setting.tokens:
@@ -123,13 +88,14 @@ def build(recipe: Recipe, setting: TokenizerSetting, models: Mapping[ModelRef, M
         size = -(-size // setting.pad_to_multiple_of) * setting.pad_to_multiple_of
     rows: dict[ModelRef, np.ndarray] = {}
     for ref in refs:
-        own, limit = vocabularies[ref], models[ref].vocabulary
+        ids, limit = vocabularies[ref].ids, models[ref].vocabulary
         place = np.full(size, -1, dtype=np.int64)
         for token, number in tokens.items():
-            found = own.get(token, -1)
+            found = ids.get(token, -1)
             place[number] = found if limit is None or found < limit else -1
         rows[ref] = place
-    vocabulary = Vocabulary(donor, tokens, size, rows, merged if len(added) > known_added else None)
+    tokenizer = extended(vocabularies[donor], added, models[donor]) if added else None
+    vocabulary = Vocabulary(donor, tokens, size, rows, tokenizer)
     nobody = [t for t, i in tokens.items() if all(r[i] < 0 for r in rows.values()) and t not in setting.tokens]
     if nobody:
         vocabulary.notes.append(f"{len(nobody)} tokens are in no model and get zeros, the first is {nobody[0]!r}.")
@@ -218,11 +184,7 @@ def _named(
             f"{recipe.file}: token {token!r} takes its row from {source.model}, which is not one of the merged models."
         )
     wanted = token if source.token is None else source.token
-    row = (
-        source.token_id
-        if source.token_id is not None
-        else vocabulary_of(read_tokenizer(models[source.model])).get(wanted, -1)
-    )
+    row = source.token_id if source.token_id is not None else read_tokens(models[source.model]).ids.get(wanted, -1)
     limit = models[source.model].vocabulary
     if row < 0 or (limit is not None and row >= limit):
         raise MergeError(

@@ -91,6 +91,24 @@ class StoredTable:
             self._read(row, found[i])
         return found[place]
 
+    def parts(self, rows: int) -> Iterator[Tensor]:
+        """`rows` rows after the other, fewer in the last part; a thread reads the next one meanwhile. A part is overwritten when the
+        one after the next is asked for."""
+        buffers = [torch.empty(min(rows, self.shape[0]), self.shape[1], dtype=self.dtype) for _ in range(2)]
+
+        def read(first: int) -> Tensor:
+            part = buffers[first // rows % 2][: self.shape[0] - first]
+            self._read(first, part)
+            return part
+
+        with ThreadPoolExecutor(1, "enginepost-head") as reader:
+            coming = reader.submit(read, 0)
+            for first in range(rows, self.shape[0] + rows, rows):
+                part = coming.result()
+                if first < self.shape[0]:
+                    coming = reader.submit(read, first)
+                yield part
+
     def whole(self) -> Tensor:
         """All of it, new."""
         out = torch.empty(self.shape, dtype=self.dtype)

@@ -231,8 +231,13 @@ class Transformer(nn.Module):
     def head_weight(self) -> Tensor:
         """`[V, H]`: the weight that turns hidden states into logits. Read from its file each time where it lives on disk, so that it
         is in memory as long as someone holds it."""
-        head = self.embedding if self.head is None else self.head
+        head = self.head_table
         return head if isinstance(head, Tensor) else head.whole()
+
+    @property
+    def head_table(self) -> "Tensor | StoredTable":
+        """The same for linear_logprob, which takes it in parts where it lives on disk."""
+        return self.embedding if self.head is None else self.head
 
     def hidden(self, ids: Tensor, cu_seqlens: Tensor, positions: Tensor, cache: Cache | None = None) -> Tensor:
         """Hidden states after the final norm, ready for the head.

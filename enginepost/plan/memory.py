@@ -31,6 +31,7 @@ SMALLEST8 = 4096  # elements from which 8-bit moments are used (kernels/adamw.py
 PROCESS = {"cpu": 257e6, "cuda": 0.6e9}
 MAPPED = {"cpu": 0.14e9, "cuda": 1.0e9}  # pages of libraries in memory
 HOST_PROCESS = 1.2e9  # host memory of a process that has a GPU
+HEAD_PART = 2 * 4032  # rows of a head in a file that are in memory at a time: PARTS of kernels/linear_logprob.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +221,7 @@ def weight_bytes(s: Setup) -> tuple[float, float]:
 
 
 def _tables_on_disk(s: Setup) -> bool:
-    """Embedding and head stay in their files too (model/residency.py, StoredTable): the head is in memory while the loss is made."""
+    """Embedding and head stay in their files too (model/residency.py, StoredTable): the loss reads the head a part at a time."""
     return s.weights == "disk" and s.device == "cpu"
 
 
@@ -355,7 +356,14 @@ def _head(tape: Tape, s: Setup, h: float) -> None:
     if s.head == "score":
         tape.free(tape.take(h, "head"), hidden)  # the gradient of the rows that are looked at, among those that are not
         return
-    table = tape.take(_table_bytes(s) if _tables_on_disk(s) else 0, "head")
+    # A divergence looks at the whole head; log-probabilities at two parts, one in use and one being read, and the rows of the
+    # targets (kernels/linear_logprob.py).
+    parts = (
+        _table_bytes(s)
+        if s.head == "kl"
+        else h + min(2.0 * HEAD_PART * spec.hidden_size * s.itemsize, 2 * _table_bytes(s))
+    )
+    table = tape.take(parts if _tables_on_disk(s) else 0, "head")
     rows = tape.take(4 * 4 * tokens + (wide if s.wide else 0), "head")
     if s.head == "kl":
         _divergence(tape, s, h, wide)

@@ -38,11 +38,11 @@ def token_logprobs(
     """
     rows = predicting(model, batch) if rows is None else rows
     cap = model.spec.final_softcap
-    logprob, lse, spread = linear_logprob(rows, model.head_weight, batch.targets, softcap=cap, entropy=entropy)
+    logprob, lse, spread = linear_logprob(rows, model.head_table, batch.targets, softcap=cap, entropy=entropy)
     doubled = None
     if squares:
         with torch.no_grad():
-            twice = linear_logprob(rows.detach() * 2, model.head_weight.detach(), batch.targets, softcap=2 * cap)[1]
+            twice = linear_logprob(rows.detach() * 2, model.head_table, batch.targets, softcap=2 * cap)[1]
             doubled = twice - 2 * lse
     return logprob, spread, doubled
 

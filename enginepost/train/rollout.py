@@ -137,7 +137,7 @@ def token_logprobs(
     hidden = model.hidden(batch.ids, batch.cu_seqlens, batch.positions).index_select(0, batch.predict)
     scaled = hidden if temperature == 1.0 else hidden / temperature
     logprob, _, spread = linear_logprob(
-        scaled, model.head_weight, batch.targets[batch.predict], softcap=model.spec.final_softcap, entropy=entropy
+        scaled, model.head_table, batch.targets[batch.predict], softcap=model.spec.final_softcap, entropy=entropy
     )
     return logprob, spread, hidden
 

@@ -101,6 +101,15 @@ def attention(rng, backward):
     return t, {"params": params}, workspace
 
 
+def linear_logprob_part(rng):
+    t, scalars, workspace = linear_logprob(rng, False)
+    tokens, width = t["hidden"].shape
+    t["state"] = Array(rng, "f32", [4, tokens])
+    t["target_rows"] = Array(rng, t["weight"].dtype, [tokens, width])
+    first = int(rng.choice([0, 4032]))
+    return t, {**scalars, "first": first, "vocab": first + t["weight"].shape[0]}, workspace
+
+
 def linear_logprob(rng, backward):
     tokens, width, vocab = (int(rng.integers(1, n)) for n in (40, 70, 300))
     dtype, other = float_dtype(rng), float_dtype(rng)
@@ -322,6 +331,7 @@ CALLS = {
     "ep_attention_forward": lambda rng: attention(rng, False),
     "ep_attention_backward": lambda rng: attention(rng, True),
     "ep_linear_logprob_forward": lambda rng: linear_logprob(rng, False),
+    "ep_linear_logprob_forward_part": linear_logprob_part,
     "ep_linear_logprob_backward": lambda rng: linear_logprob(rng, True),
     "ep_matmul": matmul,
     "ep_rms_norm_forward": lambda rng: norm(rng, ["x", "y"]),
@@ -369,7 +379,10 @@ NO_TENSORS = {
     "ep_dynamic_code",
 }
 # Where the query is named after another function.
-WORKSPACE_OF = {"ep_paged_attention": "ep_attention_forward"} | {
+WORKSPACE_OF = {
+    "ep_paged_attention": "ep_attention_forward",
+    "ep_linear_logprob_forward_part": "ep_linear_logprob_forward",
+} | {
     f"ep_merge_{name}": "ep_merge"
     for name in ("gram", "magnitude_counts", "window_counts", "masked_sums", "task_sum", "nonfinite")
 }

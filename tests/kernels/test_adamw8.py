@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from enginepost.kernels import nf4
 from enginepost.kernels.adamw import Moment8, adamw_step, reference_step, zero_moments
-from enginepost.kernels.backend import _core, core, to_dlpack
+from enginepost.kernels.backend import _core, core, info, to_dlpack, use_isa
 
 native = pytest.mark.skipif(_core is None, reason="the native extension is not built")
 OPTIONS = dict(lr=3e-3, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
@@ -75,6 +75,23 @@ def test_codes_are_those_of_the_moments(size, backend):
         off = (moment.codes[:full].int() - codes[:full].int()).abs()
         assert off.max() <= 1 and (off > 0).float().mean() < 1e-3
         assert (moment.float() - value).abs().max() <= 0.02 * value.abs().max()
+
+
+@native
+@pytest.mark.parametrize("isa", info()["isas"])
+def test_every_code_survives(isa):
+    """A step that hardly moves the moments, from every code: decoding and encoding are each other's inverse."""
+    codes = torch.arange(256, dtype=torch.uint8).repeat(17)
+    param = torch.zeros(len(codes))
+    m, v = zero_moments(param, bits=8)
+    for moment in (m, v):
+        moment.codes.copy_(codes)
+        moment.scale.fill_(3e-3)
+    with use_isa(isa):
+        adamw_step([param], [param.clone()], [m], [v], step=1, **(OPTIONS | dict(beta1=1 - 1e-5, beta2=1 - 1e-5)))
+    for moment in (m, v):
+        assert torch.equal(moment.codes, codes)
+        torch.testing.assert_close(moment.scale, torch.full((17,), 3e-3 * (1 - 1e-5)), rtol=1e-6, atol=0)
 
 
 @native

@@ -318,3 +318,70 @@ def test_every_instruction_set(isa):
         [sys.executable, "-c", code], env={**os.environ, "ENGINEPOST_CPU": isa}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+class Pages:
+    """A head that is handed out a part at a time, as one in a file is."""
+
+    def __init__(self, weight):
+        self.weight, self.shape, self.dtype, self.wholes = weight, weight.shape, weight.dtype, 0
+
+    def rows(self, ids):
+        return self.weight[ids]
+
+    def parts(self, rows):
+        page = torch.empty_like(self.weight[:rows])
+        for part in self.weight.split(rows):
+            yield page[: len(part)].copy_(part)
+            page.fill_(torch.nan)  # nothing looks at a part any more when the next is asked for
+
+    def whole(self):
+        self.wholes += 1
+        return self.weight
+
+
+@needs_native
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("shape", [(37, 59, 1001), (33, 64, 4032), (300, 31, 4033), (257, 24, 8100), (5, 9, 20_001)])
+def test_a_head_in_parts_gives_the_same_bits(shape, softcap, blocks, monkeypatch):
+    monkeypatch.setattr("enginepost.kernels.linear_logprob.PARTS", blocks)
+    for dtypes in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)):
+        hidden, weight, targets, weigh, weigh_entropy = problem(*shape, dtypes=dtypes)
+        for entropy in (False, True):
+            found = []
+            for head in (weight, Pages(weight)):
+                leaf = hidden.detach().requires_grad_()
+                results = linear_logprob(leaf, head, targets, softcap=softcap, entropy=entropy)
+                (results[0] * weigh).sum().backward()
+                with torch.no_grad():
+                    bare = linear_logprob(hidden, head, targets, softcap=softcap, entropy=entropy)
+                found.append([*(r.detach() for r in results), leaf.grad, *bare])
+            assert head.wholes == 0
+            assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        leaves = [hidden.detach().requires_grad_() for _ in range(2)]
+        for leaf, head in zip(leaves, (weight, Pages(weight)), strict=True):
+            logprob, _, spread = linear_logprob(leaf, head, targets, softcap=softcap, entropy=True)
+            (logprob * weigh + spread * weigh_entropy).sum().backward()
+        assert torch.equal(leaves[0].grad, leaves[1].grad)
+
+
+@needs_native
+def test_parts_that_are_none_are_refused():
+    hidden, weight, targets, *_ = problem(5, 8, 9000)
+    state, vector = torch.empty(4, 5), torch.empty(5)
+
+    def call(rows, first, state=state):
+        _core.linear_logprob_forward_part(
+            hidden, weight[:rows], targets, None, state, vector, vector, None, None, 0.0, first, 9000
+        )
+
+    for rows, first, message in [
+        (4000, 0, "a part before the last has 4000 rows, not a multiple of 4032"),
+        (4032, 10, "parts begin at multiples of 4032"),
+        (4032, 8064, r"rows \[8064, \+4032\) are not a part of 9000"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call(rows, first)
+    with pytest.raises(ValueError, match=r"state must be contiguous \(4, 5\)"):
+        call(4032, 0, torch.empty(4, 6))

@@ -117,7 +117,7 @@ def test_elements_at_places(places: list[int], kind: str) -> None:
         x = torch.where(torch.arange(n) // 256 % 17 == 0, 1e-9 * x, x)  # the runs of the sample are unlike the others
     bits = kernel.magnitude_bits(x, None).sort().values
     expected = [(int(bits[p]), int((bits < bits[p]).sum())) for p in places]
-    assert task_vectors._at_places([Inputs("t", [x])], 0, places) == expected
+    assert task_vectors._at_places([Inputs("t", [x])], {0: places}) == {0: expected}
 
 
 def selections(base: torch.Tensor, model: torch.Tensor) -> list[Select]:

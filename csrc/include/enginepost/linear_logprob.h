@@ -33,6 +33,18 @@ EP_EXPORT int64_t ep_linear_logprob_forward_workspace_bytes_for(const DLTensor *
                                                                 const DLTensor *direction);
 EP_EXPORT int64_t ep_linear_logprob_forward_workspace_bytes(int64_t tokens, int64_t width);
 
+/* The same where the weight comes a part at a time, so that a head larger than memory can be read from its file: call with the rows
+ * [first, first + n) of weight (vocab, K), in order from first = 0. n is a multiple of EP_LINEAR_LOGPROB_PART except in the last
+ * part. The last call leaves the results, which are those of ep_linear_logprob_forward to the last bit; the others leave what they
+ * need in state (4, T) float32 and direction. target_rows (T, K) in weight's dtype holds weight[targets] (skipped rows are not
+ * looked at); NULL together with direction. For CPU memory; the workspace is that of ep_linear_logprob_forward and holds nothing
+ * between calls. */
+#define EP_LINEAR_LOGPROB_PART 4032
+EP_EXPORT int ep_linear_logprob_forward_part(const DLTensor *hidden, const DLTensor *weight, const DLTensor *targets,
+                                             const DLTensor *target_rows, const DLTensor *state, const DLTensor *logprob,
+                                             const DLTensor *lse, const DLTensor *entropy, const DLTensor *direction,
+                                             double softcap, int64_t first, int64_t vocab, void *workspace, void *stream);
+
 /* dlogprob (T), and dentropy with entropy (T) or both NULL -> dhidden (T, K) in hidden's dtype or NULL, dweight (V, K) in weight's
  * dtype or NULL. Logits are made again from lse, block by block; both gradients are summed in float32 in a fixed order. */
 EP_EXPORT int ep_linear_logprob_backward(const DLTensor *dlogprob, const DLTensor *dentropy, const DLTensor *hidden,

@@ -21,7 +21,7 @@ enum { EP_SELECT_ALL = 0, EP_SELECT_NONE = 1, EP_SELECT_MAGNITUDE = 2, EP_SELECT
 /* Which elements of a task vector stay. MAGNITUDE: bits of |d| strictly between low and high; of those equal to low all but the
  * first low_skip, of those equal to high the first high_keep; seen_low and seen_high count on from call to call, while they matter.
  * RANDOM: where the element's draw is below limit. BITS: where the bit of `mask` is set (int32 words, bit i of the piece in word
- * i / 32). */
+ * i / 32). For the other kinds `mask` is NULL; on the CPU ep_merge_masked_sums may have one, and writes their bits there. */
 typedef struct {
   int32_t kind, low, high;
   int64_t low_skip, high_keep, seen_low, seen_high;
@@ -70,7 +70,7 @@ EP_EXPORT int64_t ep_merge_rank_mask_workspace_bytes(int64_t columns);
 EP_EXPORT int ep_merge_rank_mask(const DLTensor *x, const DLTensor *base, ep_merge_rank_params params, const DLTensor *mask,
                                  double *total, void *workspace, void *stream);
 
-/* out = base + scale * (masked, weighted and elected sum of x[i] - base); *signs = sum of the elected signs. */
+/* out = base + scale * (masked, weighted and elected sum of x[i] - base); *signs, which may be NULL, = sum of the elected signs. */
 typedef struct {
   int elect, normalize, zero_sign;
   float scale;

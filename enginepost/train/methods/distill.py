@@ -98,7 +98,7 @@ class Distill(Sft):
         loss = (1 - r.sft_weight) * divergence / work.count
         metrics: Metrics = {"divergence": (divergence.detach(), len(kept))}
         if r.sft_weight:
-            logprob = linear_logprob(hidden, model.head_weight, batch.targets[kept], softcap=cap)[0]
+            logprob = linear_logprob(hidden, model.head_table, batch.targets[kept], softcap=cap)[0]
             nll = -logprob.sum(dtype=torch.float64)
             loss = loss + r.sft_weight * nll / work.count
             metrics["nll_loss"] = (nll.detach(), len(kept))

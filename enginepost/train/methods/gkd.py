@@ -40,7 +40,7 @@ class Gkd(Online):
         self.teacher = load_model(
             recipe.teacher, dtype=model.dtype, device=model.device, adapter=recipe.teacher_adapter
         ).requires_grad_(False)
-        theirs, ours = self.teacher.head_weight.shape[0], model.head_weight.shape[0]
+        theirs, ours = self.teacher.head_table.shape[0], model.head_table.shape[0]
         if theirs != ours:
             raise EnginepostError(
                 f"teacher: {recipe.teacher}: its vocabulary has {theirs} tokens and the student's {ours}; distillation compares the "

@@ -58,7 +58,7 @@ class Sft(Method):
         batch = work.micro_batches[index]
         hidden = model.hidden(batch.ids, batch.cu_seqlens, batch.positions)
         logprob, _, entropy = linear_logprob(
-            hidden, model.head_weight, batch.targets, softcap=model.spec.final_softcap, entropy=True
+            hidden, model.head_table, batch.targets, softcap=model.spec.final_softcap, entropy=True
         )
         trained = len(work.extra["trained"][index])
         return sft_loss(logprob, work.count), {"entropy": (entropy.detach().sum(), trained)}
@@ -73,7 +73,7 @@ class Sft(Method):
             host = self.validation.batch(micro)
             batch = placed(host, self.device)
             hidden = model.hidden(batch.ids, batch.cu_seqlens, batch.positions)
-            logprob, _, _ = linear_logprob(hidden, model.head_weight, batch.targets, softcap=model.spec.final_softcap)
+            logprob, _, _ = linear_logprob(hidden, model.head_table, batch.targets, softcap=model.spec.final_softcap)
             losses.append(sft_loss(logprob, 1))
             count += int((host.targets != -100).sum())
         model.train()
