@@ -33,18 +33,20 @@ export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=lib
 export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
 export PYTHONPATH="$PWD/$out/site:$PWD:$packages" OMP_NUM_THREADS=2
 export ENGINEPOST_FUZZ_LIBRARY="$PWD/$out/site/enginepost/lib/libenginepost.so"
-run_tests() {
-  "$python" -S -m pytest -q -p no:cacheprovider "$@"
+root=$PWD
+run_tests() {  # from elsewhere: python -m puts the directory that it runs in before PYTHONPATH, and the package there has no extension
+  (cd $out && "$python" -S -m pytest -q -p no:cacheprovider --rootdir "$root" -c "$root/pyproject.toml" "$root/tests/kernels" "$@")
 }
 for isa in avx512 avx2 portable; do
   echo "== sanitizers, ENGINEPOST_CPU=$isa"
   export ENGINEPOST_CPU=$isa
   "$python" -S tests/kernels/fuzz.py --rounds 200 --seed 1
+  (cd $out && "$python" -S -c "from enginepost.kernels.backend import info; assert info()['isa'] == '$isa', info()")
   choice="not compile and not opcheck and not emulated and not emulator and not any_order and not reference"
   [ $isa = avx2 ] || choice="$choice and float64"
-  run_tests tests/kernels --deselect tests/kernels/test_isa.py -k "$choice" "$@"
+  run_tests --deselect tests/kernels/test_isa.py -k "$choice" "$@"
 done
 
 echo "== sanitizers, $module"
 export ENGINEPOST_EMULATED_SANITIZE=1
-run_tests tests/kernels -k "($cuda_tests) and not compile and not opcheck" "$@"
+run_tests -k "($cuda_tests) and not compile and not opcheck" "$@"

@@ -50,6 +50,8 @@ static inline __mmask16 mask(Test &&test) {
   return __mmask16(bits);
 }
 static inline bool in(__mmask16 k, int i) { return (k >> i & 1) != 0; }
+// NOTES: not (c ? a : b)[i] on vectors, which GCC 12 gets wrong where UndefinedBehaviorSanitizer checks the index.
+static inline float f32(const __m512 &x, int i) { return at<float>(x, i); }
 static inline int32_t i32(const __m512i &x, int i) { return at<int32_t>(x, i); }
 static inline uint32_t u32(const __m512i &x, int i) { return at<uint32_t>(x, i); }
 
@@ -107,15 +109,15 @@ static inline float reduce_max_ps(__m512 a) {
   return a[0];
 }
 static inline __m512 unpack_ps(__m512 a, __m512 b, int from) {
-  return floats([&](int i) { return (i % 2 ? b : a)[i / 4 * 4 + from + i % 4 / 2]; });
+  return floats([&](int i) { return f32(i % 2 ? b : a, i / 4 * 4 + from + i % 4 / 2); });
 }
 static inline __m512 unpacklo_ps(__m512 a, __m512 b) { return unpack_ps(a, b, 0); }
 static inline __m512 unpackhi_ps(__m512 a, __m512 b) { return unpack_ps(a, b, 2); }
 static inline __m512 shuffle_ps(__m512 a, __m512 b, int by) {
-  return floats([&](int i) { return (i % 4 < 2 ? a : b)[i / 4 * 4 + (by >> 2 * (i % 4) & 3)]; });
+  return floats([&](int i) { return f32(i % 4 < 2 ? a : b, i / 4 * 4 + (by >> 2 * (i % 4) & 3)); });
 }
 static inline __m512 shuffle_f32x4(__m512 a, __m512 b, int by) {
-  return floats([&](int i) { return (i < 8 ? a : b)[(by >> 2 * (i / 4) & 3) * 4 + i % 4]; });
+  return floats([&](int i) { return f32(i < 8 ? a : b, (by >> 2 * (i / 4) & 3) * 4 + i % 4); });
 }
 static inline __m512 permutexvar_ps(__m512i index, __m512 a) {
   return floats([&](int i) { return a[i32(index, i) & 15]; });
@@ -135,6 +137,7 @@ static inline __mmask16 cmp_ps_mask(__m512 a, __m512 b, int what) {
       case _CMP_UNORD_Q: return x != x || y != y;
       case _CMP_ORD_Q: return x == x && y == y;
       case _CMP_GT_OQ: return x > y;
+      case _CMP_EQ_OQ: return x == y;
       case _CMP_NGE_UQ: return !(x >= y);
       default: __builtin_trap();
     }
@@ -142,6 +145,9 @@ static inline __mmask16 cmp_ps_mask(__m512 a, __m512 b, int what) {
 }
 static inline __m512 mask_blend_ps(__mmask16 k, __m512 a, __m512 b) {
   return floats([&](int i) { return in(k, i) ? b[i] : a[i]; });
+}
+static inline __m512 maskz_mov_ps(__mmask16 k, __m512 a) {
+  return floats([&](int i) { return in(k, i) ? a[i] : 0.f; });
 }
 
 // int32
@@ -151,6 +157,9 @@ static inline __m256i castsi512_si256(__m512i a) { return at<__m256i>(a, 0); }
 static inline __m256i extracti64x4_epi64(__m512i a, int half) { return at<__m256i>(a, half); }
 static inline __m512i set1_epi32(int32_t x) { return __m512i(Ints{} + x); }
 static inline __m512i setzero_si512() { return __m512i{}; }
+static inline __m512i loadu_si512(const void *p) {
+  return make<__m512i>([&](int i) { return static_cast<const int32_t *>(p)[i]; });
+}
 static inline void storeu_si512(void *p, __m512i a) { std::memcpy(p, &a, 64); }
 static inline void stream_si512(__m512i *p, __m512i a) {
   if (reinterpret_cast<uintptr_t>(p) % 64 != 0) __builtin_trap();
@@ -264,6 +273,8 @@ static inline void mask_storeu_epi16(void *p, __mmask16 k, __m256i a) {
 #define _mm512_fmadd_ps avx512_emulated::fmadd_ps
 #define _mm512_i32gather_ps avx512_emulated::i32gather_ps
 #define _mm512_loadu_ps avx512_emulated::loadu_ps
+#define _mm512_loadu_si512 avx512_emulated::loadu_si512
+#define _mm512_maskz_mov_ps avx512_emulated::maskz_mov_ps
 #define _mm512_mask_add_epi32 avx512_emulated::mask_add_epi32
 #define _mm512_mask_blend_ps avx512_emulated::mask_blend_ps
 #define _mm512_mask_or_epi32 avx512_emulated::mask_or_epi32

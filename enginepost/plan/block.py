@@ -151,9 +151,8 @@ def block_forward(tape: Tape, s: "Setup", again: bool = False) -> tuple[list[Hel
         turned = (turned[0], turned[1] + projected[1])
     else:
         turned = tape.take(qkv)
-    copies = (
-        2 * tokens * spec.kv_heads * spec.head_dim * e if s.shares else 0
-    )  # keys and values, a prompt's for both answers
+    # Keys and values, a prompt's for both answers.
+    copies = 2 * tokens * spec.kv_heads * spec.head_dim * e if s.shares else 0
     attention = tape.take(q + 4 * tokens * spec.heads + copies)
     if not spec.qk_norm:
         tape.free(projected)

@@ -119,10 +119,7 @@ def _options(
     if key == "optimizer_states" and s.states == "device" and machine.device == "cuda":
         return [({key: "host"}, {"states": "host"}, False)]  # the CPU's arithmetic in place of the GPU's
     if key == "batch_size" and batch_size > 1 and s.rollout is not None:  # how a roll-out is cut, changes nothing
-        micro = s.tokens // batch_size
-        return [
-            ({key: n}, {"tokens": n * micro, "micro_batches": s.micro_batches * batch_size // n}, True) for n in (1,)
-        ]
+        return [({key: 1}, {"tokens": s.tokens // batch_size, "micro_batches": s.micro_batches * batch_size}, True)]
     if key == "batch_size" and batch_size > 1:
         # As many tokens an optimizer step, in smaller micro-batches: the same sum in another order.
         sizes = [n for n in (batch_size // 2, batch_size // 4, 1) if n >= 1 and batch_size % n == 0]

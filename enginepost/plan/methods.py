@@ -102,8 +102,8 @@ def _model(
 
     nbytes = 0.0
     if (
-        Path(directory) / "adapter_config.json"
-    ).exists() and not kept:  # a reward model's: its base with the adapter on top
+        not kept and (Path(directory) / "adapter_config.json").exists()
+    ):  # a reward model: its base with the adapter on top
         directory, adapter_directory = str(adapter_config(directory).get("base_model_name_or_path")), directory
     if not Path(directory).exists() and directory.lower().rpartition("/")[2] not in names():
         raise EnginepostError(f"{name}: {directory}: no such directory; give a model or an adapter directory")

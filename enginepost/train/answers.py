@@ -63,7 +63,8 @@ def mean_row(model: Any) -> Tensor | None:
     vocabulary. None where a softcap bends the logits, so that their mean is not that of a linear map."""
     if model.spec.final_softcap:
         return None
-    head = model.head_weight
-    # In blocks: a mean of bfloat16 would copy all of the head to float32.
-    total = sum(block.float().sum(0) for block in head.split(HEAD_ROWS))
-    return total / len(head)
+    head = model.head_table
+    # In blocks: a mean of bfloat16 would copy all of the head to float32, and one on disk need not be read whole.
+    blocks = head.split(HEAD_ROWS) if isinstance(head, Tensor) else head.parts(HEAD_ROWS)
+    total = sum(block.float().sum(0) for block in blocks)
+    return total / head.shape[0]

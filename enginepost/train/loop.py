@@ -30,7 +30,8 @@ from enginepost.model.layout import layout
 from enginepost.model.residency import WeightsError
 from enginepost.model.spec import ModelSpec
 from enginepost.recipe import Recipe, load_recipe
-from enginepost.train import budget, heap, methods, weights
+from enginepost.train import budget, methods, weights
+from enginepost.train.heap import give_back
 from enginepost.train.methods.method import Method, Metrics, MicroBatch, Work, add_metrics, mean_metrics
 from enginepost.train.monitor import Monitor, SpikeWatch, memory_used
 from enginepost.train.optimizer import AdamW, NotFinite
@@ -75,8 +76,7 @@ def _train(recipe: Recipe, run: RunDirectory, command: str) -> None:
     device = choose(recipe.device, say=print)
     recipe = recipe.model_copy(update={"device": str(device)})
     method = methods.create(recipe)
-    saving = recipe.checkpointing or recipe.memory or recipe.quantize or recipe.weights != "resident"
-    heap.give_back() if saving else heap.keep()
+    give_back()
     method.recipe = recipe = budget.settle(recipe, say=print)
     with budget.guarded(recipe), deterministic(device):
         _steps(recipe, run, method, command)

@@ -61,6 +61,19 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 
 
 @pytest.fixture
+def hopper(
+    request: pytest.FixtureRequest, emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ModuleType]:
+    """The emulator as an sm_90 card with the test module's MULTIPROCESSORS that is asked for wgmma, its kernels as the backend."""
+    monkeypatch.setenv("ENGINEPOST_WGMMA", "1")
+    emulated_module.set_card(90, request.module.MULTIPROCESSORS)
+    emulated_module.statistics()
+    with kernel_backend.use_backend("emulated"):
+        yield emulated_module
+    emulated_module.set_card(80, 108)
+
+
+@pytest.fixture
 def each_schedule(emulated_module: ModuleType) -> Callable[[Callable[[], list[Tensor]]], None]:
     """check(f): f() gives the same bits in every order of warps and blocks that the emulator knows."""
 

@@ -5,7 +5,6 @@ import torch
 from test_attention import CASES, compare_all, inputs, plain_and_exact, with_gradients
 
 from enginepost.kernels.attention import attention, attention_qkv, reference
-from enginepost.kernels.backend import use_backend
 
 SEVERAL_TILES = {
     "tiles, dim 64": ([300, 5, 129], None, 2, 1, 64, {}),
@@ -20,15 +19,7 @@ TAKEN = [name for name, case in CASES.items() if case[4] % 8 == 0 and (case[4] <
 NOT_CALLED = {"nothing", "no keys"}  # no queries, or no keys, at all
 
 
-@pytest.fixture
-def hopper(emulated_module, monkeypatch):
-    """The emulator as an sm_90 card that is asked for wgmma, its kernels as the backend; gives the module."""
-    monkeypatch.setenv("ENGINEPOST_WGMMA", "1")
-    emulated_module.set_card(90, 8)
-    emulated_module.statistics()
-    with use_backend("emulated"):
-        yield emulated_module
-    emulated_module.set_card(80, 108)
+MULTIPROCESSORS = 8
 
 
 @pytest.mark.parametrize("case", [*TAKEN, *SEVERAL_TILES])

@@ -9,23 +9,13 @@ from test_gpu_products import BF16, F32, FP16, MIXES, laid_out, native_mm
 
 from enginepost.kernels import linear_logprob as logprob_module
 from enginepost.kernels import nf4
-from enginepost.kernels.backend import use_backend
 from enginepost.kernels.linear_logprob import linear_logprob
 from enginepost.kernels.lora import LoraPart, lora_linear
 from enginepost.kernels.lora import reference as lora_reference
 from enginepost.kernels.matmul import reference as product_reference
 from enginepost.kernels.nf4 import nf4_mm, quantize
 
-
-@pytest.fixture
-def hopper(emulated_module, monkeypatch):
-    """The emulator as an sm_90 card of one multiprocessor (so every product fills it) that is asked for wgmma."""
-    monkeypatch.setenv("ENGINEPOST_WGMMA", "1")
-    emulated_module.set_card(90, 1)
-    emulated_module.statistics()
-    with use_backend("emulated"):
-        yield emulated_module
-    emulated_module.set_card(80, 108)
+MULTIPROCESSORS = 1  # so every product fills the card
 
 
 @pytest.fixture
