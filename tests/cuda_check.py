@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 # Registers of a thread, by family and kernel ("*": all others of the family).
 BUDGETS = {
-    "adamw": {"step": 64, "step8": 80},
+    "adamw": {"step8": 80, "*": 64},
     # Of 384 threads, at entry; setmaxnreg gives 232 or 240 to those that multiply.
     "attention_backward_wgmma": {"attention_backward_wgmma_kernel": 168, "*": 64},
     "attention_forward_wgmma": {"*": 168},

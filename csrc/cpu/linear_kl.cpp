@@ -219,9 +219,9 @@ static int fill(LinearKl &a, const Tensor &u, const Tensor &teacher, const ep_li
   return EP_OK;
 }
 
-static int take_topk(LinearKl &a, bool teacher, bool topk, const Tensor &ids, const Tensor &chosen, const char *name,
+static int take_topk(LinearKl &a, bool teacher, bool topk, bool place, const Tensor &ids, const Tensor &chosen, const char *name,
                      const char *fn) {
-  EP_REQUIRE(teacher != topk, "%s: give teacher, or ids with %s", fn, name);
+  EP_REQUIRE(teacher != topk && topk == place, "%s: give teacher, or ids with %s", fn, name);
   if (!topk) return EP_OK;
   EP_REQUIRE(
       ids.contiguous && chosen.contiguous && ids.shape[0] == a.rows && chosen.shape[0] == a.rows && ids.shape[1] == chosen.shape[1],
@@ -248,7 +248,7 @@ extern "C" int ep_linear_kl_scan(const DLTensor *u, const DLTensor *teacher, con
   EP_VIEW(sv, sums, 2, F32 | GPU);
   LinearKl args;
   if (int status = fill(args, uv, tv, params, fn)) return status;
-  if (int status = take_topk(args, teacher != nullptr, ids != nullptr && chosen != nullptr, iv, cv, "chosen", fn)) return status;
+  if (int status = take_topk(args, teacher != nullptr, ids != nullptr, chosen != nullptr, iv, cv, "chosen", fn)) return status;
   if (int status = need_rows(sv, args.rows, KL_SUMS, "sums", fn)) return status;
   EP_REQUIRE(sv.shape[1] == KL_SUMS, "%s: sums must have 5 columns, got %lld", fn, (long long)sv.shape[1]);
   if (int status = check_apart(fn, "chosen", cv, "ids", iv)) return status;
@@ -290,7 +290,7 @@ extern "C" int ep_linear_kl_gradient(const DLTensor *u, const DLTensor *teacher,
   EP_VIEW(dv, du, 2, FLOATS | GPU);
   LinearKl args;
   if (int status = fill(args, uv, tv, params, fn)) return status;
-  if (int status = take_topk(args, teacher != nullptr, ids != nullptr && dchosen != nullptr, iv, cv, "dchosen", fn)) return status;
+  if (int status = take_topk(args, teacher != nullptr, ids != nullptr, dchosen != nullptr, iv, cv, "dchosen", fn)) return status;
   if (int status = need_rows(sv, args.rows, teacher != nullptr ? 5 : 3, "state", fn)) return status;
   EP_REQUIRE(kv.size == args.rows && kv.contiguous, "%s: dkl must be contiguous, with %lld elements, got %lld", fn,
              (long long)args.rows, (long long)kv.size);
