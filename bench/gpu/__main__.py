@@ -17,6 +17,7 @@ import torch
 from bench import Row
 from bench.__main__ import commit, show
 from bench.gpu import measure_roofs, rows, through_wgmma
+from enginepost.device import deterministic
 from enginepost.kernels import backend
 
 HERE = pathlib.Path(__file__).parent
@@ -70,7 +71,7 @@ def run_pretended(wanted: list[str], seconds: float) -> int:
     import pretend_gpu
 
     def rows_of(name: str) -> Iterator[Row]:
-        with pretend_gpu.present() as device:
+        with pretend_gpu.present() as device, deterministic(device):
             yield from importlib.import_module(f"bench.gpu.{name}").run(device, True, seconds)
 
     status = show({f"gpu/{name}": lambda name=name: rows_of(name) for name in wanted}, {}, None)
@@ -132,7 +133,8 @@ def main() -> int:
         module = importlib.import_module(f"bench.gpu.{name}")
         device = torch.device("cuda", torch.cuda.current_device())
         if name not in kernels:
-            yield from module.run(device, False, seconds / (len(wanted) - len(kernels)))
+            with deterministic(device):
+                yield from module.run(device, False, seconds / (len(wanted) - len(kernels)))
             return
         for case in module.cases(device, False):
             yield from rows(case, roofs, hopper and has_wgmma(module))

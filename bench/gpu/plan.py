@@ -15,6 +15,7 @@ import torch
 from bench import Row
 from bench.gpu.training import planned, setup_of, trainee
 from enginepost.model.architectures import architecture
+from enginepost.plan.choose import MARGIN
 from enginepost.plan.memory import step_peak
 
 TOLERANCE = 0.10
@@ -54,6 +55,10 @@ def run(device: torch.device, small: bool, seconds: float) -> Iterator[Row]:
             tokens, rank = max(256, tokens // 64), None if rank is None else 8
             fields = {**fields, **({"mlp_chunk": 64} if "mlp_chunk" in fields else {})}
         s = setup_of(config, tokens, rank, **fields)
+        room = torch.get_device_module(device).mem_get_info(device)[0]
+        if MARGIN["cuda"] * planned(s) > room:
+            print(f"left out: {name}, {fields}: {planned(s) / 1e9:.1f} GB by plan, and {room / 1e9:.1f} GB are free")
+            continue
         with trainee(s, config, device) as t:
             t.step(tokens)
             used = t.step(tokens)

@@ -97,7 +97,7 @@ def make(s: Setup, config: dict[str, Any], device: torch.device, block: Block | 
                 continue
             value, rows = starting_value(entry, s.spec), own[entry.parameter].detach()[entry.start : entry.stop]
             if value is None:
-                rows.copy_(torch.randn(rows.shape, dtype=rows.dtype, device=device) * s.spec.initializer_range)
+                rows.normal_(0.0, s.spec.initializer_range)
             else:
                 rows.fill_(value)
     if s.quantize is not None:
@@ -169,7 +169,9 @@ class Trainee:
         positions = torch.arange(tokens, device=self.device)
         self.model.dropout_seed = number
         hidden = self.model.hidden(ids, starts, positions)
-        logprob, _, _ = linear_logprob(hidden, self.model.head_table, targets, entropy=True)
+        logprob, _, _ = linear_logprob(
+            hidden, self.model.head_table, targets, softcap=self.setup.spec.final_softcap, entropy=True
+        )
         return sft_loss(logprob, tokens * self.setup.micro_batches)
 
 
@@ -183,6 +185,12 @@ def trainee(s: Setup, config: dict[str, Any], device: torch.device, block: Block
         made.model = made.optimizer = None  # type: ignore[assignment]
         gc.collect()
         made.api.empty_cache()
+        forget_pinned()
+
+
+def forget_pinned() -> None:
+    """Give pinned host memory back that torch keeps for later: a longer context has no use for the buffers of a shorter one."""
+    getattr(torch._C, "_host_emptyCache", lambda: None)()
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ import re
 from collections.abc import Mapping
 
 from enginepost.model.layout import block_bytes, layout, match_targets
+from enginepost.model.pinned import pieces, taken
 from enginepost.model.spec import ModelSpec
 from enginepost.plan import workspace
 from enginepost.plan.block import Tape, block_backward, block_forward, kept_bytes, quiet_forward
@@ -376,22 +377,17 @@ def _divergence(tape: Tape, s: Setup, h: float, wide: float) -> None:
     tape.free(tape.take(h, "head"), shown)
 
 
-def _pinned(nbytes: int) -> int:
-    """What torch's allocator of pinned memory takes for so many bytes: a power of two."""
-    return 1 << max(0, nbytes - 1).bit_length()
-
-
 def _host(s: Setup) -> dict[str, float]:
     """Host memory of a run on a GPU; {} on a CPU, where it is the device's."""
     if s.device == "cpu":
         return {}
     held = {"process": HOST_PROCESS}
     if s.weights == "host":
-        held["weights"] = float(_pinned(blob_bytes(s)) * len(s.spec.layers))
+        held["weights"] = float(taken(blob_bytes(s)) * len(s.spec.layers))
     if s.weights == "disk":
-        held["slots"] = float(min(s.slots, len(s.spec.layers)) * _pinned(blob_bytes(s)))
+        held["slots"] = float(min(s.slots, len(s.spec.layers)) * taken(blob_bytes(s)))
     if s.states == "host":
         held |= {item: nbytes for item, nbytes in _state_bytes(s).items() if nbytes}
     if s.checkpointing == "host":
-        held["inputs"] = float(_pinned(s.tokens * s.spec.hidden_size * s.itemsize) * len(s.spec.layers))
+        held["inputs"] = float(len(s.spec.layers) * sum(map(taken, pieces(s.tokens * s.spec.hidden_size * s.itemsize))))
     return held
