@@ -80,7 +80,7 @@ gpu-check:
 # What the trainer imports and a plain PyTorch image may lack, for its Python, which may be another: GPU_PYTHON=3.12.
 gpu-packages: .venv/packages
 	$(PIP) --target build/gpu/packages --upgrade --only-binary=:all: --no-deps $(if $(GPU_PYTHON),--python-version $(GPU_PYTHON)) \
-	  pydantic pydantic-core annotated-types typing-inspection typing-extensions pyyaml jinja2 markupsafe tokenizers
+	  pydantic pydantic-core annotated-types typing-inspection typing-extensions pyyaml jinja2 markupsafe safetensors tokenizers
 
 bench: setup
 	$(PY) -m bench all
