@@ -68,7 +68,7 @@ class Machine:
     hopper: bool
 
 
-SHARES = {"build": 150, "kernels": 120, "trainer": 45, "plan": 45, "memory": 120, "bench": 110, "sanitizer": 50}
+SHARES = {"build": 0, "kernels": 120, "trainer": 45, "plan": 45, "memory": 120, "bench": 110, "sanitizer": 50}
 
 
 def commands(section: str, machine: Machine) -> list[Command]:
@@ -119,7 +119,8 @@ def main() -> int:
     plan = list(dict.fromkeys(["build", *(s for s in SHARES if s in wanted)]))
     outcomes: dict[str, str] = {}
     for i, section in enumerate(plan):
-        share = SHARES[section] / sum(SHARES[s] for s in plan[i:])
+        # Nothing goes without the build, so it may take all there is; what it has compiled stays for the next call.
+        share = 1.0 if section == "build" else SHARES[section] / sum(SHARES[s] for s in plan[i:])
         limit = max(1.0, (end - time.monotonic()) * share)
         print(f"\n== gpu-check: {section} (at most {limit:.0f} s)", flush=True)
         begin = time.monotonic()
