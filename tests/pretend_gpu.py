@@ -299,7 +299,7 @@ def _patched(name: str, before: Callable[..., Any]) -> Callable[..., Any]:
 def present() -> Iterator[torch.device]:
     """Within, tensors may be made on `DEVICE`, and the CPU's kernels take them."""
     waits.clear()
-    memory.most_allowed = float("inf")
+    memory.most, memory.most_allowed = memory.now, float("inf")
     names = ("attention", "linear_logprob", "linear_kl", "lora", "norm", "rope", "glu", "adamw", "nf4", "matmul")
     modules = [importlib.import_module(f"enginepost.kernels.{name}").__dict__ for name in names]
     before = [(m, {n: m[n] for n in ("native", "to_dlpack") if n in m}) for m in modules]
