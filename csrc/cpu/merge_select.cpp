@@ -185,9 +185,9 @@ void merge_rank_mask(const MergeRankMask &a) {
   }
 }
 
-// What a tile of task vectors is put together with. An element stays as the tile's Keep says: where keep is -1, where its bits are
-// in (above, upto], or where its bit is set.
-enum Keep { EACH, BETWEEN, BITS };
+// What a tile of task vectors is put together with. An element stays as the tile's Keep says: always, where keep is -1, where its
+// bits are in (above, upto], or where its bit is set.
+enum Keep { WHOLE, EACH, BETWEEN, BITS };
 struct Mix {
   float scale[EP_MERGE_MAX_INPUTS], weight[EP_MERGE_MAX_INPUTS], divisor;
   int32_t keep[EP_MERGE_MAX_INPUTS][TILE], above[EP_MERGE_MAX_INPUTS], upto[EP_MERGE_MAX_INPUTS];
@@ -204,32 +204,40 @@ struct Mix {
 // zero_sign is negative, and where it is 0 nothing is above infinity.
 template <int COUNT, Keep KEEP, class T>
 static inline int32_t task_tile(const T *const *x, const T *base, const Mix &mix, float *out) {
+  constexpr int MOST = COUNT > 0 ? COUNT : EP_MERGE_MAX_INPUTS;
   const int count = COUNT > 0 ? COUNT : mix.count;
   const V one = set1(1.f), lambda = set1(mix.p.scale), divisor = set1(mix.divisor), infinity = set1(HUGE_VALF);
-  V v[COUNT > 0 ? COUNT : EP_MERGE_MAX_INPUTS], signs = zero();
+  const bool elect = mix.p.elect != 0, normalize = mix.p.normalize != 0;
+  const int zero_sign = mix.p.zero_sign;
+  V v[MOST], scale[MOST], weight[MOST], above[MOST], upto[MOST], signs = zero();
+  const T *from[MOST];
+  for (int i = 0; i < count; i++) {  // what the stores below might change, for all that the compiler knows
+    from[i] = x[i], scale[i] = set1(mix.scale[i]), weight[i] = set1(mix.weight[i]);
+    above[i] = set1(float_of(mix.above[i])), upto[i] = set1(float_of(mix.upto[i]));
+  }
   for (int j = 0; j < TILE; j += N) {
     const V b = load(base + j);
     for (int i = 0; i < count; i++) {
-      const V d = load(x[i] + j) - b;
-      const V kept = KEEP == EACH   ? where(mix.keep[i] + j, d)
-                     : KEEP == BITS ? where_bits(mix.bits[i], j, d)
-                                    : where_between(mix.above[i], mix.upto[i], d);
-      v[i] = (kept * set1(mix.scale[i])) * set1(mix.weight[i]);
+      V d = load(from[i] + j) - b;
+      if (KEEP == EACH) d = where(mix.keep[i] + j, d);
+      if (KEEP == BETWEEN) d = where_between(above[i], upto[i], d);
+      if (KEEP == BITS) d = where_bits(mix.bits[i], j, d);
+      v[i] = (d * scale[i]) * weight[i];
     }
     V mixed = v[0];
     for (int i = 1; i < count; i++) mixed = mixed + v[i];
-    if (mix.p.elect) {
+    if (elect) {
       if (mix.count_signs) signs = signs + (where_above(mixed, zero(), one) - where_above(zero() - mixed, zero(), one));
-      if (mix.p.zero_sign < 0) mixed = mixed - where_zero(mixed, one);
-      const V least = mix.p.zero_sign == 0 ? where_zero(mixed, infinity) : zero();
+      if (zero_sign < 0) mixed = mixed - where_zero(mixed, one);
+      const V least = zero_sign == 0 ? where_zero(mixed, infinity) : zero();
       V total = zero(), weights = zero();
       for (int i = 0; i < count; i++) {
         const V turn = turned(v[i], mixed);
         total = total + where_above(turn, least, v[i]);
-        if (mix.p.normalize) weights = weights + where_above(turn, least, set1(mix.weight[i]));
+        if (normalize) weights = weights + where_above(turn, least, weight[i]);
       }
-      mixed = mix.p.normalize ? total / (weights + where_zero(weights, one)) : total;
-    } else if (mix.p.normalize) {
+      mixed = normalize ? total / (weights + where_zero(weights, one)) : total;
+    } else if (normalize) {
       mixed = mixed / divisor;
     }
     store(out + j, b + mixed * lambda);
@@ -245,13 +253,14 @@ static inline int32_t task_tile(const T *const *x, const T *base, const Mix &mix
 
 // How the selections of a call can be looked at in whole tiles.
 static inline Keep keep_of(const MergeTaskSum &a) {
-  bool between = true, bits = true;
+  bool all = true, between = true, bits = true;
   for (int i = 0; i < a.count; i++) {
     const int kind = a.select[i].kind, constant = kind == EP_SELECT_ALL || kind == EP_SELECT_NONE;
+    all = all && kind == EP_SELECT_ALL;
     between = between && (constant || kind == EP_SELECT_MAGNITUDE);
     bits = bits && (constant || kind == EP_SELECT_BITS);
   }
-  return between ? BETWEEN : bits ? BITS : EACH;
+  return all ? WHOLE : between ? BETWEEN : bits ? BITS : EACH;
 }
 
 // A whole tile from element `at` on, of inputs that are all of type T. `how`, of all selections, becomes EACH where ties need it.
@@ -274,6 +283,7 @@ static inline int32_t task_tile(const MergeTaskSum &a, Mix &mix, Keep how, int64
   for (int i = 0; i < a.count && how == BETWEEN; i++) {
     if (a.select[i].kind == EP_SELECT_MAGNITUDE && !whole[i]) now = EACH;
   }
+  if (now == WHOLE) return task_tile<WHOLE, T>(x, base, mix, out);
   if (now == BETWEEN) return task_tile<BETWEEN, T>(x, base, mix, out);
   if (now == BITS) return task_tile<BITS, T>(x, base, mix, out);
   for (int i = 0; i < a.count; i++) {

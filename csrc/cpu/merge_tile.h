@@ -85,11 +85,10 @@ static inline V where(const int32_t *keep, V x) {
 static inline V where_bits(const int32_t *mask, int j, V x) {
   return {_mm512_maskz_mov_ps(__mmask16(uint32_t(mask[j >> 5]) >> (j & 31)), x.v)};
 }
-static inline V where_between(int32_t above, int32_t upto, V x) {
+static inline V where_between(V above, V upto, V x) {
   const __m512i bits = _mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x7fffffff));
-  const __mmask16 in = _mm512_cmpgt_epi32_mask(bits, _mm512_set1_epi32(above)),
-                  over = _mm512_cmpgt_epi32_mask(bits, _mm512_set1_epi32(upto));
-  return {_mm512_maskz_mov_ps(__mmask16(in & ~over), x.v)};
+  const __mmask16 in = _mm512_cmpgt_epi32_mask(bits, _mm512_castps_si512(above.v));
+  return {_mm512_maskz_mov_ps(__mmask16(in & ~_mm512_cmpgt_epi32_mask(bits, _mm512_castps_si512(upto.v))), x.v)};
 }
 static inline V where_above(V c, V least, V x) { return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(c.v, least.v, _CMP_GT_OQ), x.v)}; }
 static inline V where_zero(V c, V x) { return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(c.v, zero().v, _CMP_EQ_OQ), x.v)}; }
@@ -104,10 +103,10 @@ static inline V where_bits(const int32_t *mask, int j, V x) {
   const __m256i here = _mm256_and_si256(_mm256_set1_epi32(int32_t(uint32_t(mask[j >> 5]) >> (j & 31))), each);
   return {_mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(here, each)), x.v)};
 }
-static inline V where_between(int32_t above, int32_t upto, V x) {
+static inline V where_between(V above, V upto, V x) {
   const __m256i bits = _mm256_and_si256(_mm256_castps_si256(x.v), _mm256_set1_epi32(0x7fffffff));
-  const __m256i in = _mm256_cmpgt_epi32(bits, _mm256_set1_epi32(above)), over = _mm256_cmpgt_epi32(bits, _mm256_set1_epi32(upto));
-  return {_mm256_and_ps(_mm256_castsi256_ps(_mm256_andnot_si256(over, in)), x.v)};
+  const __m256i in = _mm256_cmpgt_epi32(bits, _mm256_castps_si256(above.v));
+  return {_mm256_and_ps(_mm256_castsi256_ps(_mm256_andnot_si256(_mm256_cmpgt_epi32(bits, _mm256_castps_si256(upto.v)), in)), x.v)};
 }
 static inline V where_above(V c, V least, V x) { return {_mm256_and_ps(_mm256_cmp_ps(c.v, least.v, _CMP_GT_OQ), x.v)}; }
 static inline V where_zero(V c, V x) { return {_mm256_and_ps(_mm256_cmp_ps(c.v, zero().v, _CMP_EQ_OQ), x.v)}; }
@@ -123,9 +122,9 @@ static inline V where_bits(const int32_t *mask, int j, V x) {
   for (int l = 0; l < N; l++) k[l] = -int32_t((uint32_t(mask[j >> 5]) >> ((j & 31) + l)) & 1);
   return {Lanes(IntLanes(x.v) & k)};
 }
-static inline V where_between(int32_t above, int32_t upto, V x) {
+static inline V where_between(V above, V upto, V x) {
   const IntLanes bits = IntLanes(x.v) & 0x7fffffff;
-  return {Lanes(IntLanes(x.v) & (bits > above) & (bits <= upto))};
+  return {Lanes(IntLanes(x.v) & (bits > IntLanes(above.v)) & (bits <= IntLanes(upto.v)))};
 }
 static inline V where_above(V c, V least, V x) { return {Lanes(IntLanes(c.v > least.v) & IntLanes(x.v))}; }
 static inline V where_zero(V c, V x) { return {Lanes(IntLanes(c.v == zero().v) & IntLanes(x.v))}; }
