@@ -300,7 +300,19 @@ def present() -> Iterator[torch.device]:
     """Within, tensors may be made on `DEVICE`, and the CPU's kernels take them."""
     waits.clear()
     memory.most, memory.most_allowed = memory.now, float("inf")
-    names = ("attention", "linear_logprob", "linear_kl", "lora", "norm", "rope", "glu", "adamw", "nf4", "matmul")
+    names = (
+        "attention",
+        "linear_logprob",
+        "linear_kl",
+        "lora",
+        "norm",
+        "rope",
+        "glu",
+        "adamw",
+        "nf4",
+        "matmul",
+        "merge",
+    )
     modules = [importlib.import_module(f"enginepost.kernels.{name}").__dict__ for name in names]
     before = [(m, {n: m[n] for n in ("native", "to_dlpack") if n in m}) for m in modules]
     for m, found in before:
