@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from enginepost.checkpoint import Checkpoint, copy_side_files, fuse, write_bytes, write_json
+from enginepost.checkpoint import Checkpoint, CheckpointError, copy_side_files, fuse, write_bytes, write_json
 from enginepost.checkpoint.atomic import make_directory
+from enginepost.device import choose
 from enginepost.errors import EnginepostError
 from enginepost.merge import card
 from enginepost.merge.executor import Limits, Progress, execute, limits
@@ -102,18 +103,20 @@ def merge(
         dry_run: check and plan, write nothing.
         dequantize: take inputs in bitsandbytes' 4 bits as the numbers that their codes stand for (a copy of each beside OUT, removed
             at the end); without it they are refused, for their rounding errors add up.
-        device: "cuda": weighted sums and task vectors on the GPU, with the bits of the CPU; methods that work row by row or choose
-            element by element stay on the CPU.
+        device: "cuda", "cuda:1" or "auto" (a GPU whose kernels pass their tests): weighted sums and task vectors are made on the
+            GPU, with the bits of the CPU; methods that work row by row or choose element by element stay on the CPU.
         progress: called after every tensor with (bytes done, bytes in all, tensor name).
     Returns:
         One report a document, in the order they were made.
     Raises:
         MergeError, CheckpointError: whatever will not do, before the first byte of output where it can be known.
+        EnginepostError: a device that is not here.
 
     A merge that was interrupted goes on where it was when it is started again. The result is the same to the last bit for any number
     of threads, any memory and any interruption.
     """
     out = Path(os.path.abspath(out))
+    where = choose(device)
     recipes = read_recipes(Path(recipe))
     final = _final(recipes, str(recipe))
     parts = out.with_name(out.name + ".parts")
@@ -150,7 +153,7 @@ def merge(
                 shard_bytes,
                 dry_run,
                 dequantize,
-                device,
+                where,
                 progress,
             )
             reports.append(one)
@@ -175,7 +178,7 @@ def _final(recipes: list[Recipe], file: str) -> Recipe:
 
 def _merge_one(
     recipe: Recipe, directory: Path, earlier: Mapping[str, Path], out: Path, seed: int, threads: int | None, memory: float,
-    shard_bytes: float, dry_run: bool, dequantize: bool, device: str, progress: Progress | None,
+    shard_bytes: float, dry_run: bool, dequantize: bool, device: torch.device, progress: Progress | None,
 ) -> MergeReport:  # fmt: skip
     started = time.perf_counter()
     places = {ref: locate(ref, recipe.file, earlier) for ref in recipe.references()}
@@ -219,7 +222,7 @@ def _dequantized(
 
 def _merge_opened(
     recipe: Recipe, places: Mapping[ModelRef, tuple[Path, Path | None]], directory: Path, started: float, fingerprint: str,
-    seed: int, threads: int | None, memory: float, shard_bytes: float, dry_run: bool, device: str,
+    seed: int, threads: int | None, memory: float, shard_bytes: float, dry_run: bool, device: torch.device,
     progress: Progress | None,
 ) -> MergeReport:  # fmt: skip
     models = {ref: open_model(ref, place[0]) for ref, place in places.items()}
@@ -264,7 +267,13 @@ def _merge_opened(
             report,
         )
     except EnginepostError as error:
-        if not dry_run and not (isinstance(error, DiskError) and read_journal(partial, fingerprint)):
+        if (
+            isinstance(error, CheckpointError) and read_journal(partial, fingerprint) is not None
+        ):  # it failed to reach the disk
+            if isinstance(error, DiskError):
+                raise
+            raise DiskError(f"{error} Finished tensors are kept: run the same merge again.") from None
+        if not dry_run:
             discard(directory)
         raise
     report.seconds = time.perf_counter() - started

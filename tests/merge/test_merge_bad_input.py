@@ -166,18 +166,6 @@ def test_an_index_that_lies(family: pathlib.Path, write: Write, tmp_path: pathli
         merge(recipe, tmp_path / "out")
 
 
-def test_full_disk(family: pathlib.Path, write: Write, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import errno
-    import os
-
-    def full(*args: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    message = refused(write(two(family, "ties")), tmp_path / "out", "the disk is full")
-    assert "run the same merge again" in message
-
-
 def test_tied_and_untied_heads(family: pathlib.Path, write: Write, tmp_path: pathlib.Path) -> None:
     """A model whose head is its embedding joins one with a head of its own; the result is untied."""
     weights = tensors(2)
