@@ -38,8 +38,8 @@ static inline V z_of(const KlSide &s, const float *u, int n, float temperature) 
   for (int i = n; i < N; i++) lane[i] = KL_NOTHING;
   return load(lane);
 }
-static inline float largest(const KlSide &s, const float *u, int64_t width, float temperature) {
-  V most = set1(KL_NOTHING);
+static inline float largest(const KlSide &s, const float *u, int64_t width, float temperature, float so_far) {
+  V most = set1(so_far);
   each(width, [&](int64_t i, int n) { most = max(z_of(s, u + i, n, temperature), most); });
   return max(most);
 }
@@ -100,8 +100,12 @@ static void scan_row(const LinearKl &a, int64_t row) {
     take_chosen(a, row, u);
     student.softcap = 0.f, temperature = 1.f;
   }
-  Sums s{largest(student, u, a.width, temperature), 0.f, KL_NOTHING, 0.f, 0.f};
-  if (v != nullptr) s.high_q = largest(a.teacher, v, a.width, temperature);
+  float *of = a.sums + row * KL_SUMS;
+  Sums before{KL_NOTHING, 0.f, KL_NOTHING, 0.f, 0.f};
+  if (a.first > 0) before = {of[0], of[1], of[2], of[3], of[4]};
+  // From the largest so far of all blocks, so that this block's sums need not move, which rounds.
+  Sums s{largest(student, u, a.width, temperature, before.high_p), 0.f, before.high_q, 0.f, 0.f};
+  if (v != nullptr) s.high_q = largest(a.teacher, v, a.width, temperature, before.high_q);
   const V high_p = set1(s.high_p), high_q = set1(s.high_q);
   double sum_p = 0, sum_q = 0, weighted = 0;
   for (int64_t from = 0; from < a.width; from += CHUNK) {
@@ -118,15 +122,8 @@ static void scan_row(const LinearKl &a, int64_t row) {
   }
   s.sum_p = float(sum_p), s.sum_q = float(sum_q), s.weighted = float(weighted);
   if (s.high_p == KL_NOTHING) s.sum_p = 0.f;  // every token of the row was chosen
-  float *of = a.sums + row * KL_SUMS;
-  if (a.first > 0) {
-    Sums before{of[0], of[1], of[2], of[3], of[4]};
-    const float most_p = before.high_p > s.high_p ? before.high_p : s.high_p;
-    const float most_q = before.high_q > s.high_q ? before.high_q : s.high_q;
-    move(before, a.kind, most_p, most_q);
-    move(s, a.kind, most_p, most_q);
-    s.sum_p += before.sum_p, s.sum_q += before.sum_q, s.weighted += before.weighted;
-  }
+  move(before, a.kind, s.high_p, s.high_q);
+  s.sum_p += before.sum_p, s.sum_q += before.sum_q, s.weighted += before.weighted;
   of[0] = s.high_p, of[1] = s.sum_p, of[2] = s.high_q, of[3] = s.sum_q, of[4] = s.weighted;
 }
 void linear_kl_scan(const LinearKl &a) {

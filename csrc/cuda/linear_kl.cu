@@ -89,7 +89,10 @@ __global__ void __launch_bounds__(MOST_THREADS) scan(const LinearKl a, bool whol
     }
     __syncthreads();
   }
-  Sums s{KL_NOTHING, 0.f, KL_NOTHING, 0.f, 0.f};
+  float *of = a.sums + row * KL_SUMS;
+  Sums before{KL_NOTHING, 0.f, KL_NOTHING, 0.f, 0.f};
+  if (a.first > 0) before = {of[0], of[1], of[2], of[3], of[4]};
+  Sums s{before.high_p, 0.f, before.high_q, 0.f, 0.f};  // from the largest so far: sums that do not move are not rounded for it
   each_run(a.width, [&](int64_t at, int n) {
     float z[RUN], t[RUN], most_p = s.high_p, most_q = s.high_q;
     load_columns(u, at, n, whole, z);
@@ -121,14 +124,8 @@ __global__ void __launch_bounds__(MOST_THREADS) scan(const LinearKl a, bool whol
   if (KIND != TOPK) s.sum_q = block_sum(s.sum_q, rooms + 3 * ROOM);
   if (KIND == EP_KL_FORWARD || KIND == EP_KL_REVERSE) s.weighted = block_sum(s.weighted, rooms + 4 * ROOM);
   if (threadIdx.x != 0) return;
-  float *of = a.sums + row * KL_SUMS;
-  if (a.first > 0) {
-    Sums before{of[0], of[1], of[2], of[3], of[4]};
-    const float most_p = fmaxf(before.high_p, s.high_p), most_q = fmaxf(before.high_q, s.high_q);
-    move<KIND>(before, most_p, most_q);
-    move<KIND>(s, most_p, most_q);
-    s.sum_p += before.sum_p, s.sum_q += before.sum_q, s.weighted += before.weighted;
-  }
+  move<KIND>(before, s.high_p, s.high_q);
+  s.sum_p += before.sum_p, s.sum_q += before.sum_q, s.weighted += before.weighted;
   of[0] = s.high_p, of[1] = s.sum_p, of[2] = s.high_q, of[3] = s.sum_q, of[4] = s.weighted;
 }
 

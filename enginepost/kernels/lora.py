@@ -391,10 +391,12 @@ def _backward(
         elif isinstance(weight, Tensor):
             mm(dy, weight, out=dx)
             update = mm(ds, a)
-            dx += _dropped(update, dropout, seed, out=update)
+            dx += _dropped(update, dropout, seed, out=update).to(dx.dtype)
+            del update
         else:
             update = mm(ds, a)
             dx.copy_(_times(dy, weight, _dropped(update, dropout, seed, out=update), True, accumulate=True))
+            del update
     if needs[1]:
         assert isinstance(weight, Tensor)
         dweight = mm(dy.t(), x, out=torch.empty_like(weight))

@@ -201,7 +201,7 @@ def _linear_backward(tape: Tape, s: "Setup", name: str, kept: Held) -> None:
     if s.dora and parts:
         tape.free(tape.take(12.0 * s.tokens * outputs))
     if s.dropout and parts:
-        tape.free(tape.take(4.0 * s.tokens * inputs))
+        tape.free(tape.take((4.0 if s.itemsize == 4 else 6.0) * s.tokens * inputs))
     if s.full:
         tape.free(tape.take(inputs * outputs * s.itemsize, "gradients"))
     if s.quantize and name in ("qkv", "gate_up") and s.itemsize != 4 and not s.spec.fused_checkpoint:

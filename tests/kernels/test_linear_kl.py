@@ -271,17 +271,14 @@ def test_a_certain_teacher_is_finite(kind):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_large_logits_stay_finite(kind, no_worse):
-    """Logits of some hundreds: either side is certain, each of another token.
-
-    What the student is certain of weighs z - z_teacher - mean, tens that cancel: some units in their last place are left.
-    """
+    """Logits of some hundreds: either side is certain, each of another token."""
     hidden, head, teacher = inputs(torch.float32)
     hidden = 100 * hidden
     exact = with_gradients(reference, hidden.double(), head.double(), torch.ones(5), **double(teacher), **kind)
     plain = with_gradients(reference, hidden, head, torch.ones(5), **teacher, **kind)
     ours = with_gradients(linear_kl, hidden, head, torch.ones(5), **teacher, **kind)
     for name, mine, theirs, true in zip(("kl", "dhidden", "dhead"), ours, plain, exact, strict=True):
-        no_worse(name, mine, theirs, true, floor=4e-6)
+        no_worse(name, mine, theirs, true, floor=1e-6)
 
 
 def test_block_size_does_not_matter(monkeypatch):
