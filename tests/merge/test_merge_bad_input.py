@@ -108,6 +108,28 @@ def test_nan_and_inf_are_named_and_counted(
     assert "in/b" in message and "model.layers.1.mlp.down_proj.weight" in message
 
 
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs", "dare_ties", "della", "task_arithmetic", "sce"])
+def test_inf_in_the_base(method: str, family: pathlib.Path, write: Write, tmp_path: pathlib.Path) -> None:
+    """Also where a reduction has looked at the numbers already, and where an election would leave the element out."""
+    weights = tensors(0)
+    weights["lm_head.weight"][3999, 39] = float("inf")
+    save(tmp_path / "base", weights)
+    model = "" if method == "sce" else "weight: 0.5, density: 0.6" if method != "task_arithmetic" else "weight: 0.5"
+    recipe = two(family, method, model=model).replace(f"{family}/base", f"{tmp_path}/base")
+    message = refused(write(recipe), tmp_path / "out", "0 NaN and 1 infinite")
+    assert f"{tmp_path}/base" in message and "lm_head.weight" in message
+
+
+def test_finite_numbers_whose_difference_is_not(family: pathlib.Path, write: Write, tmp_path: pathlib.Path) -> None:
+    weights = tensors(2)
+    weights["model.norm.weight"][0] = 3e38
+    base = {**tensors(0), "model.norm.weight": tensors(0)["model.norm.weight"].clone()}
+    base["model.norm.weight"][0] = -3e38
+    save(tmp_path / "base", base)
+    recipe = changed(family, tmp_path, weights).replace(f"{family}/base", f"{tmp_path}/base")
+    merge(write(recipe), tmp_path / "out")
+
+
 def test_missing_tensor(family: pathlib.Path, write: Write, tmp_path: pathlib.Path) -> None:
     weights = tensors(2)
     del weights["model.layers.1.mlp.down_proj.weight"]
