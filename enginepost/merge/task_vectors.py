@@ -165,13 +165,7 @@ def _selects(inputs: Inputs, p: Params, kind: str) -> list[Select]:
         elif kind == "random":
             select = Select("random", density=density, key=inputs.random_key(i))
         else:
-            epsilon = p["epsilon"][i]
-            if density + epsilon >= 1 or density - epsilon <= 0:
-                raise MergeError(
-                    f"{inputs.name}: della draws with probabilities from density - epsilon to density + epsilon, which must lie "
-                    f"between 0 and 1; density is {density} and epsilon {epsilon}."
-                )
-            select = Select("ranked", density=density, epsilon=epsilon, key=inputs.random_key(i))
+            select = Select("ranked", density=density, epsilon=p["epsilon"][i], key=inputs.random_key(i))
         selects.append(select)
     if p["rescale"]:
         _rescale(inputs, p, {i: s for i, s in enumerate(selects) if s.kind not in ("all", "none")})
@@ -230,6 +224,16 @@ def _combine(elect: bool) -> Any:
     return combine
 
 
+def _improbable(p: Params) -> str | None:
+    for density, epsilon in zip(p["density"], p["epsilon"], strict=True):
+        if 0 < density < 1 and not (0 < density - epsilon and density + epsilon < 1):
+            return (
+                "della draws with probabilities from density - epsilon to density + epsilon, which must lie between 0 and 1; "
+                f"density is {density} and epsilon {epsilon}"
+            )
+    return None
+
+
 def survey(pieces: list[tuple[Inputs, Params]]) -> dict[str, Any]:
     """Thresholds over the whole model, for trim: model. Every tensor must have the same density (and gamma)."""
     first = pieces[0][1]
@@ -248,7 +252,7 @@ def survey(pieces: list[tuple[Inputs, Params]]) -> dict[str, Any]:
 
 
 _WEIGHT = Param("weight", scope="model", about="multiplies the task vector")
-_DENSITY = Param("density", float, 1.0, scope="model", low=0.0, about="share of elements that stay; 1 = all")
+_DENSITY = Param("density", float, 1.0, scope="model", low=0.0, high=1.0, about="share of elements that stay; 1 = all")
 
 
 def _declare(name: str, kind: str, elect: bool, *, normalize: bool, rescale: bool, paper: str, about: str) -> None:
@@ -289,6 +293,7 @@ def _declare(name: str, kind: str, elect: bool, *, normalize: bool, rescale: boo
             survey=survey if kind == "magnitude" else None,
             whole_model=lambda p: kind == "magnitude" and p["trim"] == "model",
             gpu=lambda p: True,
+            refuse=_improbable if kind == "ranked" else lambda p: None,
         )
     )
 

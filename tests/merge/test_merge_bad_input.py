@@ -42,7 +42,7 @@ def refused(recipe: pathlib.Path, out: pathlib.Path, match: str, **options: obje
         (HEAD + "models:\n  - model: a\n    parameters: {wieght: 1}", r":5: ties has no parameter 'wieght'; did you mean weight"),
         (HEAD + "models: [{model: a, parameters: {weight: heavy}}]", "weight must be a number, and it is 'heavy'"),
         (HEAD + "models: [{model: a, parameters: {weight: .nan}}]", "must be finite"),
-        (HEAD + "models: [{model: a, parameters: {weight: 1, density: -1}}]", "density is -1.0; it must be at least 0"),
+        (HEAD + "models: [{model: a, parameters: {weight: 1, density: -1}}]", "density is -1.0; it must be between 0.0 and 1.0"),
         (HEAD + "models: [{model: a, parameters: {weight: []}}]", "empty list"),
         (HEAD + "models: [{model: a, parameters: {weight: [{filter: x}]}}]", "needs a value"),
         (HEAD + "models: [{model: a+b+c}]", "PATH.@REVISION"),
@@ -176,6 +176,57 @@ def test_other_vocabulary_without_a_tokenizer(family: pathlib.Path, write: Write
         tmp_path / "out",
         "vocabularies differ. Add `tokenizer",
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (("method", "della"), "must lie between 0 and 1; density is 0.1"),
+        (("path", "@main"), "is a directory here, which has no revisions"),
+        (("density", "1.5"), "density is 1.5; it must be between 0.0 and 1.0"),
+    ],
+)
+def test_what_a_dry_run_sees(
+    change: tuple[str, str], match: str, family: pathlib.Path, write: Write, tmp_path: pathlib.Path
+) -> None:
+    key, value = change
+    recipe = two(family, value if key == "method" else "ties", model="weight: 0.5, density: 0.1")
+    if key != "method":
+        old, new = (f"{family}/a", f"{family}/a{value}") if key == "path" else ("density: 0.1", f"density: {value}")
+        recipe = recipe.replace(old, new)
+    with pytest.raises(MergeError, match=match):
+        merge(write(recipe), tmp_path / "out", dry_run=True)
+
+
+def test_weights_that_cancel(family: pathlib.Path, write: Write, tmp_path: pathlib.Path) -> None:
+    recipe = two(family, "linear", "{weight: 1}", "").replace(
+        f"{family}/b\n    parameters: {{}}", f"{family}/b\n    parameters: {{weight: -1}}"
+    )
+    recipe = recipe.replace(f"base_model: {family}/base\n", "")
+    for dry_run in (True, False):
+        with pytest.raises(
+            MergeError, match="the weights sum to zero, so they cannot be normalised; set normalize: false"
+        ):
+            merge(write(recipe), tmp_path / "out", dry_run=dry_run)
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_two_merges_into_one_directory(family: pathlib.Path, write: Write, tmp_path: pathlib.Path) -> None:
+    """The second one says so and leaves the first alone, whatever its recipe."""
+    second = tmp_path / "second"
+    second.mkdir()
+    (second / "recipe.yaml").write_text(two(family, "dare_ties"))
+    refusals = []
+
+    def meanwhile(done: int, total: int, name: str) -> None:
+        for recipe in (second / "recipe.yaml", tmp_path / "recipe.yaml"):
+            with pytest.raises(MergeError, match="another process is merging into it") as raised:
+                merge(recipe, tmp_path / "out")
+            refusals.append(raised)
+
+    merge(write(two(family, "ties")), tmp_path / "out", threads=1, progress=meanwhile)
+    assert len(refusals) == 30 and (tmp_path / "out" / "model.safetensors").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "recipe.yaml", "second"]
 
 
 def test_an_index_that_lies(family: pathlib.Path, write: Write, tmp_path: pathlib.Path) -> None:
