@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from enginepost.plan import workspace
+
 if TYPE_CHECKING:
     from enginepost.plan.memory import Setup
 
@@ -97,6 +99,7 @@ def _linear(tape: Tape, s: "Setup", name: str) -> Held:
     parts = s.ranks.get(name, ())
     total = sum(r for r, _ in parts)
     kept = tape.take(4.0 * total * (inputs + s.tokens) + (4.0 * s.tokens * outputs if s.dora and parts else 0))
+    tape.free(tape.take(workspace.product(s, name, backward=False), "workspace"))
     if parts:
         whole = len(parts) == 1 and parts[0][1] == outputs
         tape.free(tape.take(0 if whole else 4.0 * total * outputs))
@@ -194,6 +197,7 @@ def _linear_backward(tape: Tape, s: "Setup", name: str, kept: Held) -> None:
     parts = s.ranks.get(name, ())
     total = sum(r for r, _ in parts)
     held = tape.take(4.0 * s.tokens * total * 2 + 4.0 * total * inputs * 2)
+    scratch = tape.take(workspace.product(s, name, backward=True), "workspace")
     if s.dora and parts:
         tape.free(tape.take(12.0 * s.tokens * outputs))
     if s.dropout and parts:
@@ -202,7 +206,7 @@ def _linear_backward(tape: Tape, s: "Setup", name: str, kept: Held) -> None:
         tape.free(tape.take(inputs * outputs * s.itemsize, "gradients"))
     if s.quantize and name in ("qkv", "gate_up") and s.itemsize != 4 and not s.spec.fused_checkpoint:
         tape.free(tape.take(4.0 * s.tokens * inputs))
-    tape.free(held, kept)
+    tape.free(scratch, held, kept)
 
 
 def block_backward(tape: Tape, s: "Setup", kept: _Kept, h: float) -> None:
@@ -217,6 +221,7 @@ def block_backward(tape: Tape, s: "Setup", kept: _Kept, h: float) -> None:
     d_attention = tape.take(tokens * spec.heads * spec.head_dim * e)
     _linear_backward(tape, s, "o", kept.low_rank["o"])
     d_qkv = tape.take(tokens * linear_sizes(s)["qkv"][1] * e)
+    tape.free(tape.take(workspace.attention_backward(s), "workspace"))
     tape.free(d_attention, kept.attention, kept.qkv)
     d_turned = tape.take(d_qkv[1])
     tape.free(d_qkv)
