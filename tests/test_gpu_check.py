@@ -9,7 +9,10 @@ from typing import Any
 import pretend_gpu
 import pytest
 
-from bench.gpu import check, plan
+from bench.gpu import check, memory, plan
+from bench.gpu.training import held_to, setup_of, trainee
+from enginepost.model.architectures import architecture
+from enginepost.plan.memory import PROCESS
 
 
 @pytest.fixture
@@ -73,6 +76,19 @@ def test_a_step_on_a_device_takes_what_was_planned(number: int, monkeypatch: pyt
     with pretend_gpu.present() as device:
         peak, reserved = plan.run(device, True, 60)
     assert peak.peer_value == pytest.approx(peak.ours, rel=plan.TOLERANCE) and reserved.ours > 0
+
+
+def test_a_context_that_does_not_fit_is_told_and_a_shorter_one_runs() -> None:
+    config = {**architecture("llama-3.1-8b"), **memory.SMALL}
+    s = setup_of(config, 128, 8, quantize="nf4")
+    with pretend_gpu.present() as device:
+        before = pretend_gpu.memory.now
+        with trainee(s, config, device) as t:
+            used = t.step(128)
+            with held_to(PROCESS["cuda"] + before + 1.1 * used.allocated, device):
+                assert memory.step_or_none(t, 512) is None
+                assert memory.step_or_none(t, 128) is not None
+        assert pretend_gpu.memory.now < before + 1000  # a table of frequencies is kept
 
 
 def test_a_plan_that_is_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> None:

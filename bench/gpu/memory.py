@@ -58,7 +58,7 @@ WAYS: list[Fields] = [
     {"weights": "host", **LONG},
 ]
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
-         "vocab_size": 1000, "num_hidden_layers": 4}  # fmt: skip
+         "vocab_size": 1000, "num_hidden_layers": 3}  # fmt: skip
 
 
 def run(device: torch.device, small: bool, seconds: float) -> Iterator[Row]:
@@ -66,7 +66,7 @@ def run(device: torch.device, small: bool, seconds: float) -> Iterator[Row]:
     config = {**architecture("llama-3.1-8b"), **(SMALL if small else {})}
     block = random_block(ModelSpec.from_config(config), KIND, device)
     rate = 0.0
-    for row, rate in beside_dequantising(config, block, device, 256 if small else 4096):  # noqa: B007
+    for row, rate in beside_dequantising(config, block, device, 128 if small else 4096):  # noqa: B007
         yield row
     yield from streaming(device, small)
     caps = [(small_cap(config), 1)] if small else CAPS
@@ -78,7 +78,7 @@ def run(device: torch.device, small: bool, seconds: float) -> Iterator[Row]:
 
 def small_cap(config: dict[str, Any]) -> float:
     """Of the dry run: where some hundred tokens fit."""
-    return MARGIN["cuda"] * (planned(setup_of(config, 500, 32, quantize=KIND, **WAYS[0])) + PROCESS["cuda"])
+    return MARGIN["cuda"] * (planned(setup_of(config, 500, 32, quantize=KIND, **WAYS[-1])) + PROCESS["cuda"])
 
 
 # 1. Beside dequantise + matmul.
@@ -161,7 +161,7 @@ def beside_dequantising(
 
 def streaming(device: torch.device, small: bool) -> Iterator[Row]:
     config = {**architecture("llama-3.1-70b"), **(SMALL if small else {})}
-    tokens = 256 if small else BIG_TOKENS
+    tokens = 128 if small else BIG_TOKENS
     of = int(config["num_hidden_layers"])
     api = torch.get_device_module(device)
     room = api.mem_get_info(device)[0]
@@ -229,7 +229,7 @@ def longest(
             used = step_or_none(t, tokens)
             best = None if used is None else (tokens, used)
             tokens = tokens if best else int(0.9 * tokens)
-        while best is not None and not note:
+        while best is not None and not note and not small:
             more = int(1.15 * best[0])
             pinned = sum(step_peak(dataclasses.replace(s, tokens=more)).host.values())
             if lasts(more) > end - time.monotonic() or (host is not None and pinned > host):

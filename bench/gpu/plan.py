@@ -48,11 +48,12 @@ SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 4,
 def run(device: torch.device, small: bool, seconds: float) -> Iterator[Row]:
     wrong = []
     for name, tokens, rank, fields in RECIPES:
-        config = {**architecture(name), "num_hidden_layers": LAYERS, **(SMALL if small else {})}
+        layers = 3 if small else LAYERS
+        config = {**architecture(name), "num_hidden_layers": layers, **(SMALL if small else {})}
         if "layer_types" in config:
-            config["layer_types"] = config["layer_types"][:LAYERS]
+            config["layer_types"] = config["layer_types"][:layers]
         if small:
-            tokens, rank = max(256, tokens // 64), None if rank is None else 8
+            tokens, rank = max(128, tokens // 128), None if rank is None else 8
             fields = {**fields, **({"mlp_chunk": 64} if "mlp_chunk" in fields else {})}
         s = setup_of(config, tokens, rank, **fields)
         room = torch.get_device_module(device).mem_get_info(device)[0]
@@ -65,7 +66,7 @@ def run(device: torch.device, small: bool, seconds: float) -> Iterator[Row]:
         said = planned(s)
         if small:  # a pretended device does not see what kernels ask for
             said -= step_peak(s).items.get("workspace", 0.0)
-        what = f"plan, {name} {LAYERS} layers, {tokens} tokens, {'all weights' if rank is None else f'r {rank}'}"
+        what = f"plan, {name} {layers} layers, {tokens} tokens, {'all weights' if rank is None else f'r {rank}'}"
         case = ", ".join([what, *(f"{key} {value}" for key, value in fields.items())])
         yield Row(case, "peak memory", "GB", used.allocated / 1e9, "planned", said / 1e9)
         yield Row(case, "reserved", "GB", used.reserved / 1e9)

@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import pathlib
+import random
 import signal
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from bench import Row
 
 STEPS, SAVE_EVERY, KILLED_IN = 8, 3, 5
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
-ON_HOST = {"quantize": "nf4-double", "weights": "host", "checkpointing": "host", "mlp_chunk": 64}
+ON_HOST = {"quantize": "nf4-double", "weights": "host", "checkpointing": "host", "mlp_chunk": 40}
 FLAVOURS: dict[str, dict[str, Any]] = {
     "QLoRA, weights and block inputs on the host, MLP in chunks": ON_HOST,
     "LoRA with dropout, bf16": {"lora": {"r": 8, "dropout": 0.1}},
@@ -35,12 +36,13 @@ FLAVOURS: dict[str, dict[str, Any]] = {
 }
 SHAPE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 64,
          "num_key_value_heads": 2, "vocab_size": 1000}  # fmt: skip
+SMALL = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "head_dim": 16, "vocab_size": 300}
 
 
 def run(device: torch.device, small: bool, seconds: float) -> Iterator[Row]:
     flavours = dict(list(FLAVOURS.items())[:2]) if small else FLAVOURS
     with tempfile.TemporaryDirectory() as scratch, named_cuda(device):
-        base = prepare(pathlib.Path(scratch), SHAPE)
+        base = prepare(pathlib.Path(scratch), {**SHAPE, **SMALL} if small else SHAPE, longest=48 if small else 500)
         killed = {name: start_to_be_killed({**base, **keys}, name, device) for name, keys in flavours.items()}
         for name, keys in flavours.items():
             recipe = {"dtype": "bf16", **base, **keys}
@@ -62,19 +64,21 @@ def agreed(case: str, found: float, allowed: float) -> Row:
     return Row(f"trainer, {case}", "difference", "", found, "allowed", allowed)
 
 
-def prepare(scratch: pathlib.Path, shape: dict[str, Any]) -> dict[str, Any]:
-    """A model, its tokenizer and rows; the keys that all recipes share."""
-    from bench.memory import write_rows
+def prepare(scratch: pathlib.Path, shape: dict[str, Any], longest: int) -> dict[str, Any]:
+    """A model, its tokenizer and rows of up to `longest` words; the keys that all recipes share."""
     from bench.train import write_tokenizer
     from enginepost.model.architectures import architecture, init_model
 
     os.environ["ENGINEPOST_CACHE"] = str(scratch / "cache")
     init_model(scratch / "model", {**architecture("llama-3.2-1b"), **shape})
     write_tokenizer(scratch / "model", shape["vocab_size"])
-    write_rows(scratch / "rows.jsonl", 40, shape["vocab_size"])
+    draw = random.Random(1)
+    rows = [[draw.randrange(shape["vocab_size"] - 3) for _ in range(draw.randint(5, longest))] for _ in range(40)]
+    text = "".join(json.dumps({"text": " ".join(f"w{i}" for i in row)}) + "\n" for row in rows)
+    (scratch / "rows.jsonl").write_text(text)
     return {
         "model": str(scratch / "model"), "data": str(scratch / "rows.jsonl"), "method": "pretrain", "format": "text",
-        "max_length": 512, "batch_size": 1, "gradient_accumulation": 2, "max_steps": STEPS, "save_every": SAVE_EVERY,
+        "max_length": longest + 12, "batch_size": 1, "gradient_accumulation": 2, "max_steps": STEPS, "save_every": SAVE_EVERY,
         "learning_rate": 1e-3, "lora": {"r": 8, "alpha": 16}, "output": str(scratch / "run"),
     }  # fmt: skip
 

@@ -208,8 +208,10 @@ def held_to(memory: float, device: torch.device) -> Iterator[None]:
 
 
 def out_of_memory(call: Callable[[], Used]) -> Used | None:
-    """What the call gives, None where it runs out of memory."""
+    """What the call gives, None where it runs out of memory. What it had taken is given back."""
     try:
         return call()
     except torch.OutOfMemoryError:
-        return None
+        pass  # the error holds the frames of the step, and they its tensors
+    gc.collect()
+    return None

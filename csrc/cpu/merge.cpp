@@ -102,42 +102,48 @@ void merge_counts(const MergeCounts &a) {
   }
 }
 
-// Which of 32 numbers are in [low, low + width): the first in the lowest bit.
-static inline uint32_t within(const int32_t *bits, int32_t low, uint32_t width) {
+// Which of 32 numbers are in [low, low + width), the first in the lowest bit; below: so much less for each that is below.
+static inline uint32_t within(const int32_t *bits, int32_t low, uint32_t width, int32_t *below) {
+  uint32_t word = 0;
 #if defined(__AVX2__)
   const __m256i least = _mm256_set1_epi32(low), last = _mm256_set1_epi32(int32_t(width - 1));
-  uint32_t word = 0;
+  __m256i sum = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(below));
   for (int j = 0; j < 32; j += 8) {
-    const __m256i at = _mm256_sub_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(bits + j)), least);
+    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(bits + j)), at = _mm256_sub_epi32(b, least);
+    sum = _mm256_add_epi32(sum, _mm256_cmpgt_epi32(least, b));
     const __m256i in = _mm256_cmpeq_epi32(_mm256_min_epu32(at, last), at);  // at <= last, without signs
     word |= uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(in))) << j;
   }
-  return word;
+  _mm256_storeu_si256(reinterpret_cast<__m256i *>(below), sum);
 #else
-  uint32_t word = 0;
-  for (int j = 0; j < 32; j++) word |= uint32_t(uint32_t(bits[j] - low) < width) << j;
-  return word;
+  for (int j = 0; j < 32; j++) {
+    below[j & 7] -= bits[j] < low;
+    word |= uint32_t(uint32_t(bits[j] - low) < width) << j;
+  }
 #endif
+  return word;
 }
 
 void merge_window_counts(const MergeWindowCounts &a) {
-  float d[TILE];
   int32_t bits[TILE];
   for (int64_t at = 0; at < a.size; at += TILE) {
     const int n = int(a.size - at < TILE ? a.size - at : TILE);
-    load_delta(a.x, a.base, at, n, d);
-    magnitude_bits(d, bits);
+    const int32_t most = load_bits(a.x, a.base, at, n, bits);
     int64_t *counts = a.counts;
     for (int w = 0; w < a.count; w++) {
       const int32_t low = int32_t(a.windows[2 * w]);
       const uint32_t width = uint32_t(a.windows[2 * w + 1]);
-      int32_t below = 0;
-      for (int j = 0; j < TILE; j++) below += bits[j] < low;
-      counts[0] += below - (low > 0 ? TILE - n : 0);  // the padding is zero and not there
-      for (int from = 0; from < n; from += 32) {
-        uint32_t hits = within(bits + from, low, width);
-        if (n - from < 32) hits &= (1u << (n - from)) - 1;
-        for (; hits != 0; hits &= hits - 1) counts[1 + bits[from + __builtin_ctz(hits)] - low]++;
+      if (most < low) {  // as good as always in a window that only infinity reaches
+        counts[0] += n;
+      } else {
+        int32_t below[8] = {};
+        for (int from = 0; from < TILE; from += 32) {
+          uint32_t hits = within(bits + from, low, width, below);
+          if (n - from < 32) hits &= n > from ? (1u << (n - from)) - 1 : 0;
+          for (; hits != 0; hits &= hits - 1) counts[1 + bits[from + __builtin_ctz(hits)] - low]++;
+        }
+        for (int l = 0; l < 8; l++) counts[0] -= below[l];
+        counts[0] -= low > 0 ? TILE - n : 0;  // the padding is zero and not there
       }
       counts += 1 + int64_t(width);
     }

@@ -76,6 +76,36 @@ static inline void magnitude_bits(const float *d, int32_t *bits) {
   for (int j = 0; j < TILE; j++) bits[j] = bits_of(d[j]) & 0x7fffffff;
 }
 
+// The bits of a tile of |x - base|, those behind n 0; returns the largest.
+static inline int32_t load_bits(const Piece &x, const Piece &base, int64_t at, int n, int32_t *bits) {
+  int32_t most = 0;
+#if defined(__AVX2__)
+  if (n == TILE && x.dtype == BF16 && base.data != nullptr && base.dtype == BF16) {
+    const bf16 *p = reinterpret_cast<const bf16 *>(x.data) + at, *q = reinterpret_cast<const bf16 *>(base.data) + at;
+    const auto wide = [](const bf16 *h) {
+      const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i *>(h));
+      return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+    };
+    __m256i high = _mm256_setzero_si256();
+    for (int j = 0; j < TILE; j += 8) {
+      const __m256i d = _mm256_castps_si256(_mm256_sub_ps(wide(p + j), wide(q + j)));
+      const __m256i b = _mm256_and_si256(d, _mm256_set1_epi32(0x7fffffff));
+      high = _mm256_max_epi32(high, b);
+      _mm256_storeu_si256(reinterpret_cast<__m256i *>(bits + j), b);
+    }
+    int32_t lanes[8];
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(lanes), high);
+    for (int l = 0; l < 8; l++) most = lanes[l] > most ? lanes[l] : most;
+    return most;
+  }
+#endif
+  float d[TILE];
+  load_delta(x, base, at, n, d);
+  magnitude_bits(d, bits);
+  for (int j = 0; j < TILE; j++) most = bits[j] > most ? bits[j] : most;
+  return most;
+}
+
 // Vectors chosen element by element, else 0: x where keep is -1; where bit j + l of a mask, j a multiple of N, is set; where the
 // bits of |x| are above `above` and no more than `upto`; where c > least; where c == 0. v with the sign turned where s has one.
 #if defined(__AVX512F__)

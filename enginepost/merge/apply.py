@@ -121,6 +121,9 @@ def complete(method: Method, given: Mapping[str, Any], models: int, where: str) 
         if len(values) != models:
             raise MergeError(f"{where}: {parameter.name} has {len(values)} values for {models} models.")
         p[parameter.name] = [parameter.check(v, where) for v in values]
+    wrong = method.refuse(p)
+    if wrong:
+        raise MergeError(f"{where}: {wrong}.")
     return p
 
 

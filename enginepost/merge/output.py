@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -201,6 +202,39 @@ def read_journal(partial: Path, fingerprint: str) -> dict[str, str] | None:
     if not entries or entries[0].get("fingerprint") != fingerprint:
         return None
     return {entry["tensor"]: entry["xxh3_128"] for entry in entries[1:]}
+
+
+def claim(directory: Path) -> int:
+    """Make the directory in which the merge to `directory` is worked on, locked; the handle holds the lock until it is closed.
+
+    Raises: MergeError where another process has it."""
+    partial = partial_directory(directory)
+    while True:
+        make_directory(partial)
+        handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), os.stat(partial)):
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            raise MergeError(
+                f"{directory}: another process is merging into it. Wait until it is done, or name another directory."
+            ) from None
+        except FileNotFoundError:
+            pass  # another process has just finished or given up
+        except OSError:
+            return handle  # a file system without locks
+        os.close(handle)
+
+
+def clear(partial: Path) -> None:
+    """Remove what an attempt at another merge left there, but for the directory itself, which is locked."""
+    for path in partial.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def discard(directory: Path) -> None:

@@ -25,7 +25,7 @@ from enginepost.errors import EnginepostError
 from enginepost.merge import card
 from enginepost.merge.executor import Limits, Progress, execute, limits
 from enginepost.merge.models import Model, in_4_bits, locate, open_model, set_layers, text_config
-from enginepost.merge.output import DiskError, Output, discard, partial_directory, read_journal
+from enginepost.merge.output import DiskError, Output, claim, clear, discard, partial_directory, read_journal
 from enginepost.merge.plan import Task, make_tasks
 from enginepost.merge.recipe import ModelRef, Recipe, read_recipes
 from enginepost.merge.registry import MergeError
@@ -233,12 +233,10 @@ def _merge_opened(
         recipe.notes += vocabulary.notes
     template = chat_template(recipe, models)
     partial = partial_directory(directory)
-    if not dry_run:
-        make_directory(directory.parent)
-        if read_journal(partial, fingerprint) is None:
-            discard(directory)
-        make_directory(partial)
+    lock = None if dry_run else claim(directory)
     try:
+        if not dry_run and read_journal(partial, fingerprint) is None:
+            clear(partial)
         models = {
             ref: _with_adapter(model, places[ref][1], partial, dry_run, i)
             for i, (ref, model) in enumerate(models.items())
@@ -276,6 +274,9 @@ def _merge_opened(
         if not dry_run:
             discard(directory)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
     report.seconds = time.perf_counter() - started
     return report
 

@@ -269,7 +269,6 @@ def _passed(s: Setup, share: float) -> float:
     return head + share * (_gradient_bytes(s) - table - head)
 
 
-@functools.cache
 def total(sizes: tuple[int, ...]) -> int:
     return sum(sizes)
 
