@@ -4,6 +4,7 @@
 #include "enginepost/linear_kl.h"
 
 #include <cmath>
+#include <cstring>
 
 #include "linear_kl.h"
 #include "parallel.h"
@@ -50,22 +51,44 @@ static inline V expm1(V x) {
   const V p = exp_reduced(max(set1(-30.f), x), n), power = scale2(set1(1.f), n);
   return fma(p, power, power - set1(1.f));
 }
+// log(1 + y) for -1 < y <= 0, to about 1 ulp also where y is small (the polynomial of Cephes logf).
+static inline V log1p(V y) {
+  const V w = y + set1(1.f), rest = (y - (w - set1(1.f))) / w;
+  float mantissa[N], exponent[N];
+  int32_t bits[N];
+  store(mantissa, w);
+  std::memcpy(bits, mantissa, sizeof bits);
+  for (int i = 0; i < N; i++) {  // vector code: no branches, and types change whole arrays at a time
+    const int32_t e = (bits[i] - 0x3f3504f3) >> 23;
+    exponent[i] = float(e);
+    bits[i] -= e * (1 << 23);
+  }
+  std::memcpy(mantissa, bits, sizeof bits);
+  const V x = load(mantissa) - set1(1.f), e = load(exponent), square = x * x;
+  V p = set1(7.0376836292e-2f);
+  p = fma(p, x, set1(-1.1514610310e-1f));
+  p = fma(p, x, set1(1.1676998740e-1f));
+  p = fma(p, x, set1(-1.2420140846e-1f));
+  p = fma(p, x, set1(1.4249322787e-1f));
+  p = fma(p, x, set1(-1.6668057665e-1f));
+  p = fma(p, x, set1(2.0000714765e-1f));
+  p = fma(p, x, set1(-2.4999993993e-1f));
+  p = fma(p, x, set1(3.3333331174e-1f));
+  p = fma(e, set1(-2.12194440e-4f), p * x * square);
+  p = fma(square, set1(-0.5f), p);
+  return fma(e, set1(0.693359375f), x + (p + rest));
+}
 // log p - log m and log q - log m for m = beta q + (1 - beta) p, from d = log q - log p: the one whose side is larger first, by
 // log1p, so that sides that are nearly the same keep their difference.
 struct Apart {
   V p, q;
 };
 static inline Apart from_mixture(V d, float beta) {
-  float apart[N], less[N], p[N], q[N];
+  float apart[N], other[N];
   store(apart, d);
-  store(less, expm1(min(d, zero() - d)));
-  for (int i = 0; i < N; i++) {
-    const bool theirs = apart[i] >= 0.f;
-    const float larger = -std::log1p((theirs ? 1.f - beta : beta) * less[i]);
-    p[i] = theirs ? larger - apart[i] : larger;
-    q[i] = theirs ? larger : larger + apart[i];
-  }
-  return {load(p), load(q)};
+  for (int i = 0; i < N; i++) other[i] = apart[i] >= 0.f ? 1.f - beta : beta;
+  const V below = min(d, zero()), larger = zero() - log1p(load(other) * expm1(min(d, zero() - d)));
+  return {larger - (d - below), larger + below};
 }
 
 struct Sums {
