@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from enginepost.kernels.arrays import make_callable, takes_arrays
-from enginepost.kernels.backend import GPU_HALVES, core, native, plain, to_dlpack
+from enginepost.kernels.backend import GPU_HALVES, core, eager, eager_twin, native, plain, to_dlpack
 
 
 def reference(
@@ -108,9 +108,10 @@ def attention(
         return out, lse.detach()
     if plain(q, k, v):
         return _forward(q, k, v, cu_seqlens, cu_seqlens_k, seqused_k, causal, window, softcap, scale)
-    return torch.ops.enginepost.attention(
+    results: tuple[Tensor, Tensor] = (_eager_apart if eager() else torch.ops.enginepost.attention)(
         q, k, v, cu_seqlens, cu_seqlens_k, seqused_k, causal, window, softcap, scale, deterministic
     )  # fmt: skip
+    return results
 
 
 @takes_arrays
@@ -139,9 +140,10 @@ def attention_qkv(
     if plain(qkv):
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
         return _forward(q, k, v, cu_seqlens, None, None, causal, window, softcap, scale)[0]
-    return torch.ops.enginepost.attention_qkv(
+    results: tuple[Tensor, Tensor] = (_eager_fused if eager() else torch.ops.enginepost.attention_qkv)(
         qkv, heads, kv_heads, cu_seqlens, causal, window, softcap, scale, deterministic
-    )[0]
+    )
+    return results[0]
 
 
 def paged_reference(
@@ -278,12 +280,14 @@ def _backward(
     )  # fmt: skip
 
 
-@torch.library.custom_op("enginepost::attention", mutates_args=())
-def _attention_op(
+def _apart(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None,
     causal: bool, window: int, softcap: float, scale: float, deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _forward(q, k, v, cu_seqlens, cu_seqlens_k, seqused_k, causal, window, softcap, scale)
+
+
+_attention_op = torch.library.custom_op("enginepost::attention", _apart, mutates_args=())
 
 
 @_attention_op.register_fake
@@ -294,8 +298,7 @@ def _(
     return _empty_results(q)
 
 
-@torch.library.custom_op("enginepost::attention_backward", mutates_args=())
-def _backward_op(
+def _apart_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
     cu_seqlens_k: Tensor | None, seqused_k: Tensor | None, causal: bool, window: int, softcap: float, scale: float,
     deterministic: bool = True,
@@ -308,6 +311,9 @@ def _backward_op(
     return dq, dk, dv
 
 
+_backward_op = torch.library.custom_op("enginepost::attention_backward", _apart_backward, mutates_args=())
+
+
 @_backward_op.register_fake
 def _(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
@@ -318,13 +324,15 @@ def _(
     return dq, dk, dv
 
 
-@torch.library.custom_op("enginepost::attention_qkv", mutates_args=())
-def _qkv_op(
+def _fused(
     qkv: Tensor, heads: int, kv_heads: int, cu_seqlens: Tensor, causal: bool, window: int, softcap: float,
     scale: float, deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
     return _forward(q, k, v, cu_seqlens, None, None, causal, window, softcap, scale)
+
+
+_qkv_op = torch.library.custom_op("enginepost::attention_qkv", _fused, mutates_args=())
 
 
 @_qkv_op.register_fake
@@ -335,8 +343,7 @@ def _(
     return _empty_results(qkv[:, :heads])
 
 
-@torch.library.custom_op("enginepost::attention_qkv_backward", mutates_args=())
-def _qkv_backward_op(
+def _fused_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, kv_heads: int, cu_seqlens: Tensor, causal: bool,
     window: int, softcap: float, scale: float, deterministic: bool = True,
 ) -> Tensor:  # fmt: skip
@@ -346,6 +353,9 @@ def _qkv_backward_op(
     _backward(dout, q, k, v, out, lse, cu_seqlens, None, None, dq, dk, dv, causal, window, softcap, scale,
               deterministic)  # fmt: skip
     return dqkv
+
+
+_qkv_backward_op = torch.library.custom_op("enginepost::attention_qkv_backward", _fused_backward, mutates_args=())
 
 
 @_qkv_backward_op.register_fake
@@ -363,7 +373,7 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _grad(ctx, dout: Tensor, _: Tensor) -> tuple:  # type: ignore[no-untyped-def]
-    grads = torch.ops.enginepost.attention_backward(dout, *ctx.saved_tensors, *ctx.options)
+    grads = (_apart_backward if eager() else _backward_op)(dout, *ctx.saved_tensors, *ctx.options)
     return *grads, None, None, None, None, None, None, None, None
 
 
@@ -375,12 +385,14 @@ def _qkv_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _qkv_grad(ctx, dout: Tensor, _: Tensor) -> tuple:  # type: ignore[no-untyped-def]
     qkv, out, lse, cu_seqlens = ctx.saved_tensors
-    dqkv = torch.ops.enginepost.attention_qkv_backward(
+    dqkv = (_fused_backward if eager() else _qkv_backward_op)(
         dout, qkv, out, lse, ctx.heads, ctx.kv_heads, cu_seqlens, *ctx.options
     )
     return dqkv, None, None, None, None, None, None, None, None
 
 
+_eager_apart = eager_twin(_apart, _setup, _grad)
+_eager_fused = eager_twin(_fused, _qkv_setup, _qkv_grad)
 _attention_op.register_autograd(_grad, setup_context=_setup)
 _qkv_op.register_autograd(_qkv_grad, setup_context=_qkv_setup)
 
