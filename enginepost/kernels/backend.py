@@ -131,7 +131,7 @@ def eager_twin(forward: Callable[..., Any], setup: Callable[..., None], grad: Ca
             setup(ctx, inputs, output)
             return output
 
-        backward = staticmethod(once_differentiable(grad))
+        backward = staticmethod(once_differentiable(grad))  # type: ignore[assignment]
 
     call: Callable[..., Any] = Eager.apply
     return call
