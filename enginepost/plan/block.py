@@ -104,7 +104,7 @@ def _linear(tape: Tape, s: "Setup", name: str) -> Held:
         whole = len(parts) == 1 and parts[0][1] == outputs
         tape.free(tape.take(0 if whole else 4.0 * total * outputs))
         if s.dropout:
-            tape.free(tape.take(16.0 * s.tokens * inputs))
+            tape.free(tape.take(s.tokens * inputs * s.itemsize))
         if s.dora:
             tape.free(tape.take(4.0 * s.tokens * outputs))
     return kept
@@ -204,7 +204,7 @@ def _linear_backward(tape: Tape, s: "Setup", name: str, kept: Held) -> None:
     if s.dora and parts:
         tape.free(tape.take(12.0 * s.tokens * outputs))
     if s.dropout and parts:
-        tape.free(tape.take(16.0 * s.tokens * inputs))
+        tape.free(tape.take((4.0 if s.itemsize == 4 else 6.0) * s.tokens * inputs))
     if s.full:
         tape.free(tape.take(inputs * outputs * s.itemsize, "gradients"))
     if s.quantize and name in ("qkv", "gate_up") and s.itemsize != 4 and not s.spec.fused_checkpoint:
