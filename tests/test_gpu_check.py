@@ -88,7 +88,7 @@ def test_a_context_that_does_not_fit_is_told_and_a_shorter_one_runs() -> None:
             with held_to(PROCESS["cuda"] + before + 1.1 * used.allocated, device):
                 assert memory.step_or_none(t, 512) is None
                 assert memory.step_or_none(t, 128) is not None
-        assert pretend_gpu.memory.now <= before
+        assert pretend_gpu.memory.now < before + 1000  # a table of frequencies is kept
 
 
 def test_a_plan_that_is_wrong_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,7 +269,6 @@ def _passed(s: Setup, share: float) -> float:
     return head + share * (_gradient_bytes(s) - table - head)
 
 
-@functools.cache
 def total(sizes: tuple[int, ...]) -> int:
     return sum(sizes)
 
@@ -366,11 +365,12 @@ def _head(tape: Tape, s: Setup, h: float) -> None:
 
 
 def _divergence(tape: Tape, s: Setup, h: float, wide: float) -> None:
-    """Of a teacher's distribution, in blocks of the vocabulary (kernels/linear_kl.py): a handful of them at once, and sums."""
+    """Of a teacher's distribution, in blocks of the vocabulary (kernels/linear_kl.py): one a side, one for a gradient in 16 bits
+    or a product that is cut, and sums."""
     block = 4.0 * max(64 * s.tokens, 1 << (20 if s.device == "cpu" else 24))
     theirs = max((o.spec.hidden_size for o in s.others if not o.before), default=0)
     shown = tape.take(s.tokens * theirs * s.itemsize, "head")
-    blocks = tape.take(5 * min(block, 4.0 * s.tokens * s.spec.vocab_size), "head")
+    blocks = tape.take((3 if theirs else 2) * min(block, 4.0 * s.tokens * s.spec.vocab_size), "head")
     table = s.spec.vocab_size * s.spec.hidden_size * s.itemsize if s.full else 0
     sums = tape.take(wide + h + table, "head")
     tape.free(blocks, sums)

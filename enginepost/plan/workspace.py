@@ -48,12 +48,9 @@ def product(s: "Setup", name: str, backward: bool) -> float:
     """Bytes while a linear layer is at work on a GPU, forward or backward; its products come one after the other."""
     if s.device == "cpu" or s.itemsize == 4:
         return 0.0
-    spec = s.spec
-    shapes = {  # of the largest matrix of a fused layer
-        "qkv": (spec.heads * spec.head_dim, spec.hidden_size), "o": (spec.hidden_size, spec.heads * spec.head_dim),
-        "gate_up": (spec.intermediate_size, spec.hidden_size), "down": (spec.hidden_size, spec.intermediate_size),
-    }  # fmt: skip
-    rows, columns = shapes[name]
+    # Of the largest matrix of a fused layer.
+    inner = s.spec.heads * s.spec.head_dim if name in ("qkv", "o") else s.spec.intermediate_size
+    rows, columns = (inner, s.spec.hidden_size) if name in ("qkv", "gate_up") else (s.spec.hidden_size, inner)
     decoded = 2.0 * rows * columns if s.quantize else 0.0
     rank = sum(r for r, _ in s.ranks.get(name, ()))
     # Three parts where the result is float32 (as dx of a layer whose matrices add up is), else two; B or A* beside them.
