@@ -4,7 +4,7 @@ PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh') CMakeLists.txt
 
-.PHONY: setup demo test slow-test lint format peers link sanitize cuda-check gpu-check bench clean
+.PHONY: setup demo test slow-test lint format peers link sanitize cuda-check gpu-check gpu-packages bench clean
 
 setup: .venv/installed
 
@@ -72,9 +72,16 @@ sanitize: setup
 cuda-check: setup
 	$(PY) tests/cuda_check.py
 
-# Build, tests, compute-sanitizer and benchmarks on this machine's GPU; GPU_CHECK=emulated is the dry run without one.
+# Build, tests, training, memory, benchmarks and compute-sanitizer on this machine's GPU, with the Python at hand: bench/gpu/check.py.
+# GPU_CHECK=emulated is the dry run without one; GPU_CHECK=kernels,memory some of the sections.
 gpu-check:
-	tests/gpu_check.sh
+	$$( [ -x $(PY) ] && echo $(PY) || echo $(PYTHON) ) -m bench.gpu.check $(GPU_CHECK)
+
+# What the trainer imports and a plain PyTorch image may lack, for its Python, which may be another: GPU_PYTHON=3.12.
+GPU_TARGET := --target build/gpu/packages --upgrade --only-binary=:all:
+gpu-packages: .venv/packages
+	$(PIP) $(GPU_TARGET) $(if $(GPU_PYTHON),--python-version $(GPU_PYTHON)) pydantic pyyaml jinja2
+	$(PIP) $(GPU_TARGET) $(if $(GPU_PYTHON),--python-version $(GPU_PYTHON)) --no-deps safetensors tokenizers
 
 bench: setup
 	$(PY) -m bench all

@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def show(rows: dict[str, Callable[[], Iterator[Row]]], run: dict[str, Any], path: str | None) -> int:
-    """Print the rows of every benchmark as they come, write them all to `path`; the exit status."""
+    """Print the rows of every benchmark as they come and write them to `path`; the exit status."""
     records: list[dict[str, Any]] = []
     failed = []
     for name, produce in rows.items():
@@ -113,6 +113,8 @@ def show(rows: dict[str, Callable[[], Iterator[Row]]], run: dict[str, Any], path
             for row in produce():
                 print(line(row), flush=True)
                 records.append(as_record(row, name, run))
+                if path:  # a run that is cut off leaves what it has
+                    write(path, records)
         except Exception:  # the other benchmarks' rows are worth having all the same
             traceback.print_exc()
             failed.append(name)

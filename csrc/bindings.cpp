@@ -14,7 +14,9 @@
 #include "enginepost/attention.h"
 #include "enginepost/core.h"
 #include "enginepost/glu.h"
+#include "enginepost/linear_kl.h"
 #include "enginepost/linear_logprob.h"
+#include "enginepost/lora.h"
 #include "enginepost/matmul.h"
 #include "enginepost/merge.h"
 #include "enginepost/nf4.h"
@@ -159,13 +161,15 @@ struct Selects {
   std::vector<ep_merge_select> selects;
 };
 
-// The numbers of a CPU array of 64 bits, which a merge kernel adds to.
+// The numbers of an array of 64 bits that a kernel writes itself: on the CPU, or where `like` is.
 template <class T>
-T *numbers(const py::object &array, int64_t size, int code, const char *wanted) {
+T *numbers(const py::object &array, int64_t size, int code, const char *wanted, const Arg *like = nullptr) {
   const Arg a(array);
   int64_t here = a.rank() > 0 ? 1 : -1, packed = 1;
   for (int i = 0; i < a.rank(); i++) here *= a->shape[i];
-  bool whole = here == size && a->device.device_type == kDLCPU && a->dtype.code == code && a->dtype.bits == 64;
+  bool whole = here == size && a->dtype.code == code && a->dtype.bits == 64;
+  const DLDevice device = like == nullptr || like->rank() == 0 ? DLDevice{kDLCPU, 0} : (*like)->device;
+  whole = whole && a->device.device_type == device.device_type && a->device.device_id == device.device_id;
   for (int i = a.rank() - 1; whole && i >= 0; i--) {
     whole = a->strides == nullptr || a->shape[i] == 1 || a->strides[i] == packed;
     packed *= a->shape[i];
@@ -366,6 +370,25 @@ PYBIND11_MODULE(_core, m) {
     run([&] { return ep_glu_backward(a, b, c, activation, stream); });
   });
 
+  m.def("linear_kl_scan", [](O u, O teacher, O ids, O chosen, O sums, int kind, double beta, double temperature, double softcap,
+                             double teacher_softcap, int64_t first) {
+    Arg a(u), b(teacher), c(ids), d(chosen), e(sums);
+    const ep_linear_kl_params p{kind, beta, temperature, softcap, teacher_softcap, first};
+    run([&] { return ep_linear_kl_scan(a, b, c, d, e, p, stream); });
+  });
+  m.def("linear_kl_compare", [](O u, O teacher, O norm, O sums, int kind, double beta, double temperature, double softcap,
+                                double teacher_softcap, int64_t first) {
+    Arg a(u), b(teacher), c(norm), d(sums);
+    const ep_linear_kl_params p{kind, beta, temperature, softcap, teacher_softcap, first};
+    run([&] { return ep_linear_kl_compare(a, b, c, d, p, stream); });
+  });
+  m.def("linear_kl_gradient", [](O u, O teacher, O ids, O dchosen, O state, O dkl, O du, int kind, double beta, double temperature,
+                                 double softcap, double teacher_softcap, int64_t first) {
+    Arg a(u), b(teacher), c(ids), d(dchosen), e(state), f(dkl), g(du);
+    const ep_linear_kl_params p{kind, beta, temperature, softcap, teacher_softcap, first};
+    run([&] { return ep_linear_kl_gradient(a, b, c, d, e, f, g, p, stream); });
+  });
+
   m.def("linear_logprob_forward", [](O hidden, O weight, O targets, O logprob, O lse, O entropy, O direction, double softcap) {
     Arg a(hidden), b(weight), c(targets), d(logprob), e(lse), f(entropy), g(direction);
     const int64_t bytes = ep_linear_logprob_forward_workspace_bytes_for(a, b, g);
@@ -387,6 +410,11 @@ PYBIND11_MODULE(_core, m) {
           const Workspace workspace(bytes, c);
           run([&] { return ep_linear_logprob_backward(a, b, c, d, e, f, g, h, i, softcap, workspace.data(), stream); });
         });
+
+  m.def("lora_dropout", [](O x, O out, double dropout, uint64_t seed) {
+    Arg a(x), b(out);
+    run([&] { return ep_lora_dropout(a, b, dropout, seed, stream); });
+  });
 
   m.def("matmul", [](O a, O b, O a2, O b2, O c, bool accumulate) {
     Arg x(a), y(b), x2(a2), y2(b2), z(c);
@@ -438,10 +466,17 @@ PYBIND11_MODULE(_core, m) {
     ep_adamw_params p{lr, beta1, beta2, eps, weight_decay, step, grad_scale};
     run([&] { return ep_adamw8_step(a, b, c, d, e, f, g, p, stream); });
   });
-  m.def("sum_squares", [](O x) {
-    Arg a(x);
-    double result = 0;
-    run([&] { return ep_sum_squares(a, &result, stream); });
-    return result;
-  });
+  m.def(
+      "sum_squares",
+      [](O x, O result) -> py::object {  // into `result`, where x is; without it x is on the CPU
+        Arg a(x);
+        double own = 0, *to = &own;
+        if (!result.is_none()) to = numbers<double>(result, 1, kDLFloat, "sum_squares: result must be float64 [1] where x is", &a);
+        if (result.is_none() && a.rank() > 0 && a->device.device_type != kDLCPU)
+          throw py::value_error("sum_squares: result is missing");
+        const Workspace workspace(ep_sum_squares_workspace_bytes(a.rank() == 1 ? a->shape[0] : 0), a);
+        run([&] { return ep_sum_squares(a, to, workspace.data(), stream); });
+        return result.is_none() ? py::object(py::float_(own)) : py::object(py::none());
+      },
+      "x"_a, "result"_a = py::none());
 }

@@ -7,9 +7,6 @@ from typing import TYPE_CHECKING, Any
 # very thread that they wait for (a step of a small model then takes ten times as long). Read when torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# Activations of a training step are new memory each time, a page fault for every 4 KB of it; huge pages make them few for blocks of
-# 2 MB and more. Read when torch first allocates; the system may say no.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
     from enginepost.data import render as render

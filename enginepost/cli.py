@@ -37,7 +37,7 @@ def train(
         bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run directory.")
     ] = False,
 ) -> None:
-    """Train a model as a recipe says: LoRA or full, on instructions or raw text."""
+    """Train a model as the method of a recipe says: fine-tuning, preferences, reinforcement learning, distillation."""
     from enginepost.recipe import parse_overrides
     from enginepost.train.loop import Interrupted, train
 

@@ -44,7 +44,7 @@ def merge(
         bool, typer.Option("--dequantize", help="Take 4-bit inputs as the numbers that their codes stand for.")
     ] = False,
     device: Annotated[
-        str, typer.Option(help="cpu, or cuda: weighted sums and task vectors on the GPU, same bits.")
+        str, typer.Option(help="cpu, cuda, cuda:1 or auto: weighted sums and task vectors on the GPU, same bits.")
     ] = "cpu",
 ) -> None:
     """Merge models as a mergekit recipe says; run it again after an interruption and it goes on where it was."""
@@ -84,6 +84,9 @@ def merge_evolve(
     memory: Annotated[
         float, typer.Option(min=1, help="Private memory for merging, in MB; the model comes on top.")
     ] = 512,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1 or auto: where the model lies, is merged into and is scored.")
+    ] = "auto",
 ) -> None:
     """Search for the best merge by CMA-ES: weights, densities, gradients over the layers, method. Also: enginepost merge evolve."""
     from enginepost.merge import evolve
@@ -91,7 +94,9 @@ def merge_evolve(
     def tell(done: int, of: int, fitness: float, best: float) -> None:
         typer.echo(f"{done}/{of}  fitness {fitness:.5g}  best {best:.5g}")
 
-    report = evolve(search, out, budget=budget, seed=seed, threads=threads, memory=memory * 1e6, progress=tell)
+    report = evolve(
+        search, out, budget=budget, seed=seed, threads=threads, memory=memory * 1e6, device=device, progress=tell
+    )
     typer.echo(report.text())
 
 

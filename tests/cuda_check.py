@@ -20,13 +20,15 @@ ROOT = pathlib.Path(__file__).parents[1]
 ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 # Registers of a thread, by family and kernel ("*": all others of the family).
 BUDGETS = {
-    "adamw": {"step": 64, "step8": 80},
+    "adamw": {"step8": 80, "*": 64},
     # Of 384 threads, at entry; setmaxnreg gives 232 or 240 to those that multiply.
     "attention_backward_wgmma": {"attention_backward_wgmma_kernel": 168, "*": 64},
     "attention_forward_wgmma": {"*": 168},
     "glu": {"*": 64},
+    "linear_kl": {"*": 64},
     "linear_logprob_backward": {"product": 240, "product_wgmma": 168, "*": 64},
     "linear_logprob_forward": {"product": 240, "product_wgmma": 168, "*": 64},
+    "lora": {"*": 40},
     "matmul": {"product": 240, "product_wgmma": 168, "few_rows": 128, "*": 64},
     "merge": {"inner_products": 96, "*": 64},
     "merge_select": {"task_sum": 96, "*": 64},

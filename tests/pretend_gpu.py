@@ -3,7 +3,8 @@
 A tensor on it is a wrapper around one in host memory, so that numbers are those of the CPU, to the bit. What a GPU would refuse is
 refused: an operation on tensors of two devices, reading one through numpy. Work given to a side stream is done when somebody waits
 for it and not before, as late as a GPU may do it: a copy that nobody waits for leaves what was there, and a staging buffer that is
-filled again too early sends the wrong bytes. Whatever makes the host wait for the device is noted in `waits`.
+filled again too early sends the wrong bytes. Whatever makes the host wait for the device is noted in `waits`. Its memory is counted,
+by storages that tensors on it hold, and an allocation beyond a cap is an OutOfMemoryError; the workspaces of kernels are not in it.
 
 It is torch's PrivateUse1 device, in Python, under the name "pretend".
 """
@@ -12,6 +13,7 @@ import contextlib
 import importlib
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +26,43 @@ NAME = "pretend"
 aten = torch.ops.aten
 waits: list[str] = []  # names of the operations that made the host wait
 caps: list[float] = []  # shares of its memory that a process was held to
+
+TOTAL = 8 << 30  # bytes of its memory
+
+
+class Memory:
+    """Bytes of the storages that tensors on the device hold: now, at most so far, at most allowed."""
+
+    def __init__(self) -> None:
+        self.now, self.most, self.most_allowed = 0, 0, float("inf")
+        self._held: dict[int, list[int]] = {}  # storage: [tensors, bytes]
+        self._lock = threading.RLock()  # a tensor may die in the thread that reads weights
+
+    def take(self, held: torch.Tensor) -> list[int]:
+        """For a tensor that holds this one from now on; what comes back is for `free`."""
+        storage = held.untyped_storage()
+        with self._lock:
+            entry = self._held.get(storage._cdata)
+            if entry is None:
+                nbytes = storage.nbytes()
+                if self.now + nbytes > self.most_allowed:
+                    raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {nbytes} bytes.")
+                entry = self._held[storage._cdata] = [0, nbytes]
+                self.now += nbytes
+                self.most = max(self.most, self.now)
+            entry[0] += 1
+        return [storage._cdata]
+
+    def free(self, taken: list[int]) -> None:
+        with self._lock:
+            entry = self._held[taken[0]]
+            entry[0] -= 1
+            if entry[0] == 0:
+                self.now -= entry[1]
+                del self._held[taken[0]]
+
+
+memory = Memory()
 
 # Their results have a size that only the device knows.
 _SIZED = (aten.nonzero.default, aten.masked_select.default, aten._unique2.default, aten.repeat_interleave.Tensor)
@@ -94,17 +133,32 @@ class _Module(_DummyBackendModule):
     def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
         assert state.numel() == 0
 
+    def memory_allocated(self, device: Any = None) -> int:
+        return memory.now
+
     def max_memory_allocated(self, device: Any = None) -> int:
-        return 1
+        return memory.most
+
+    max_memory_reserved = max_memory_allocated
+
+    def reset_peak_memory_stats(self, device: Any = None) -> None:
+        memory.most = memory.now
+
+    def empty_cache(self) -> None:
+        pass
+
+    def synchronize(self, device: Any = None) -> None:
+        _own.work()
 
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
-        return 7 << 30, 8 << 30
+        return 7 << 30, TOTAL
 
     def get_device_name(self, device: Any = None) -> str:
         return "NVIDIA GeForce RTX 4060"
 
     def set_per_process_memory_fraction(self, fraction: float, device: Any = None) -> None:
         caps.append(fraction)
+        memory.most_allowed = fraction * TOTAL
 
 
 _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
@@ -115,13 +169,15 @@ class OnDevice(torch.Tensor):
     """A tensor on the device; `held` is where its numbers are."""
 
     held: torch.Tensor
+    taken: list[int]
 
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> "OnDevice":
         made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=DEVICE
         )  # fmt: skip
-        made.held = held
+        made.held, made.taken = held, memory.take(held)
+        weakref.finalize(made, memory.free, made.taken).atexit = False
         return made  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -141,7 +197,9 @@ class OnDevice(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
             # Exchanges what C++ holds and leaves Python's attributes.
-            args[0].held = args[1].held
+            taken = memory.take(args[1].held)
+            memory.free(args[0].taken)
+            args[0].held, args[0].taken[0] = args[1].held, taken[0]
         with torch._C.DisableTorchFunctionSubclass():  # the default would make what is on the host one of us again
             return func(*args, **(kwargs or {}))
 
@@ -241,7 +299,20 @@ def _patched(name: str, before: Callable[..., Any]) -> Callable[..., Any]:
 def present() -> Iterator[torch.device]:
     """Within, tensors may be made on `DEVICE`, and the CPU's kernels take them."""
     waits.clear()
-    names = ("attention", "linear_logprob", "linear_kl", "lora", "norm", "rope", "glu", "adamw", "nf4", "matmul")
+    memory.most, memory.most_allowed = memory.now, float("inf")
+    names = (
+        "attention",
+        "linear_logprob",
+        "linear_kl",
+        "lora",
+        "norm",
+        "rope",
+        "glu",
+        "adamw",
+        "nf4",
+        "matmul",
+        "merge",
+    )
     modules = [importlib.import_module(f"enginepost.kernels.{name}").__dict__ for name in names]
     before = [(m, {n: m[n] for n in ("native", "to_dlpack") if n in m}) for m in modules]
     for m, found in before:

@@ -1,8 +1,15 @@
-"""Benchmarks of the CUDA kernels: `python -m bench.gpu [NAME ...] [--json FILE]`, also the last step of `make gpu-check`.
+"""Benchmarks on a GPU: `python -m bench.gpu [NAME ...] [--json FILE]`, sections of `make gpu-check` (check.py).
 
-A benchmark is one module, `bench/gpu/NAME.py`, that has
+A benchmark of kernels is one module, `bench/gpu/NAME.py`, that has
 
     def cases(device: torch.device, small: bool) -> Iterator[Case]
+
+and, where its kernels have a second path for sm_90a, `WGMMA = True`: each case is then timed with and without it, in turn. Whole
+steps and whole runs (trainer, plan, memory) are modules with
+
+    def run(device: torch.device, small: bool, seconds: float) -> Iterator[Row]
+
+which raise where the engine is wrong; `seconds` is about what they may take.
 
 `small`: tiny shapes, called once each and not timed: for compute-sanitizer, and (on the CPU, with the emulated kernels) for the dry
 run on a machine without a GPU. A peer that is not importable is left out of `calls`.
@@ -12,6 +19,7 @@ host time to queue the call; ours and the peers take turns, in reversed order ev
 least 20.
 """
 
+import os
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -51,18 +59,45 @@ def milliseconds(calls: dict[str, Callable[[], object]], rounds: int = 20) -> di
     return {name: sorted(b.elapsed_time(e) for b, e in pairs) for name, pairs in events.items()}
 
 
-def rows(case: Case, roofs: dict[str, float]) -> Iterator[Row]:
-    """Ours beside each peer (alone where there is none). `roofs`: bytes/s by "GB/s", FLOP/s by "TFLOP/s"."""
-    scale = {"GB/s": 1e9, "TFLOP/s": 1e12}[case.unit]
-    times = milliseconds(case.calls)
+def through_wgmma(call: Callable[[], object]) -> Callable[[], object]:
+    """The call with the kernels for sm_90a, which look at the environment each time."""
+
+    def run() -> object:
+        before = os.environ.get("ENGINEPOST_WGMMA")
+        os.environ["ENGINEPOST_WGMMA"] = "1"
+        try:
+            return call()
+        finally:
+            if before is None:
+                del os.environ["ENGINEPOST_WGMMA"]
+            else:
+                os.environ["ENGINEPOST_WGMMA"] = before
+
+    return run
+
+
+def rows(case: Case, roofs: dict[str, float], wgmma: bool = False) -> Iterator[Row]:
+    """Ours beside each peer (alone where there is none). `roofs`: bytes/s by "GB/s", FLOP/s by "TFLOP/s"; wgmma: ours once more with
+    the kernels for sm_90a, beside the peers and beside ours without."""
     ours, *peers = case.calls
+    hopper = {f"{ours}, wgmma": through_wgmma(case.calls[ours])} if wgmma else {}
+    times = milliseconds({**case.calls, **hopper})
+    yield from _rows(case, case.case, times, ours, peers, roofs)
+    for name in hopper:
+        yield from _rows(case, f"{case.case}, wgmma", times, name, [ours, *peers], roofs)
+
+
+def _rows(
+    case: Case, title: str, times: dict[str, list[float]], ours: str, peers: list[str], roofs: dict[str, float]
+) -> Iterator[Row]:
+    scale = {"GB/s": 1e9, "TFLOP/s": 1e12}[case.unit]
     median = statistics.median(times[ours])
     low, high = (times[ours][len(times[ours]) * k // 5] for k in (1, 4))
     rate = case.work / median * 1e3
     for peer in peers or [None]:
         theirs = None if peer is None else case.work / statistics.median(times[peer]) * 1e3 / scale
         yield Row(
-            case.case, "speed", case.unit, rate / scale, peer, theirs, better="higher", roof_percent=100 * rate / roofs[case.unit],
+            title, "speed", case.unit, rate / scale, peer, theirs, better="higher", roof_percent=100 * rate / roofs[case.unit],
             milliseconds=median, spread_percent=100 * (high - low) / median,
         )  # fmt: skip
 

@@ -18,6 +18,7 @@ from enginepost.kernels.attention import attention, paged_attention
 
 PEERS = {"torch SDPA flash": SDPBackend.FLASH_ATTENTION, "torch SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
 PAGE = 16
+WGMMA = True
 
 
 def starts(lengths: Tensor) -> Tensor:

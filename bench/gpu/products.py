@@ -18,6 +18,7 @@ from enginepost.kernels.linear_logprob import linear_logprob
 from enginepost.kernels.lora import LoraPart, lora_linear
 
 RANK = 16
+WGMMA = True
 Calls = dict[str, Callable[[], object]]
 
 

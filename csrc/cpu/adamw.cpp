@@ -16,17 +16,9 @@
 #include "tensor.h"
 
 namespace ep {
-struct SumSquares {
-  const char *x;
-  int64_t size;
-  bool bf16;
-  double *partial;  // one per block
-};
 constexpr int64_t BLOCK = 16384;  // elements of a task
 static inline int64_t blocks(int64_t size) { return (size + BLOCK - 1) / BLOCK; }
 }  // namespace ep
-
-EP_KERNEL(sum_squares, SumSquares)
 
 #ifndef EP_API
 
@@ -169,13 +161,13 @@ void adamw8_step(const AdamW8 &a) {
   return s.grad_dtype == BF16 ? step8<float, bf16>(a) : step8<float, float>(a);
 }
 
-// Squares are summed in float32 over 256 elements at most, then in float64.
+// Squares are summed in float32 over SQUARES_TILE elements at most, a sum for each lane of a vector, then in float64.
 template <class T>
 static double block_squares(const T *x, int64_t count) {
   double total = 0;
-  for (int64_t i = 0; i < count; i += 256) {
+  for (int64_t i = 0; i < count; i += SQUARES_TILE) {
     V s = zero();
-    each(count - i < 256 ? count - i : 256, [&](int64_t j, int n) {
+    each(count - i < SQUARES_TILE ? count - i : SQUARES_TILE, [&](int64_t j, int n) {
       const V v = get(x + i + j, n);
       s = fma(v, v, s);
     });
@@ -187,19 +179,20 @@ static double block_squares(const T *x, int64_t count) {
 }
 
 void sum_squares(const SumSquares &a) {
-  parallel_for(blocks(a.size), [&](int64_t task, int) {
-    const int64_t from = task * BLOCK, count = a.size - from < BLOCK ? a.size - from : BLOCK;
-    a.partial[task] = a.bf16 ? block_squares(reinterpret_cast<const bf16 *>(a.x) + from, count)
-                             : block_squares(reinterpret_cast<const float *>(a.x) + from, count);
+  const int64_t tasks = squares_blocks(a.size);
+  parallel_for(tasks, [&](int64_t task, int) {
+    const int64_t from = task * SQUARES_BLOCK, count = a.size - from < SQUARES_BLOCK ? a.size - from : SQUARES_BLOCK;
+    a.partial[task] = a.dtype == BF16 ? block_squares(reinterpret_cast<const bf16 *>(a.x) + from, count)
+                                      : block_squares(reinterpret_cast<const float *>(a.x) + from, count);
   });
+  *a.result = 0;
+  for (int64_t task = 0; task < tasks; task++) *a.result += a.partial[task];  // in this order
 }
 
 }  // namespace EP_ISA
 }  // namespace ep
 
 #else
-
-#include <vector>
 
 using namespace ep;
 
@@ -273,17 +266,16 @@ extern "C" int ep_adamw8_step(const DLTensor *param, const DLTensor *grad, const
   EP_DISPATCH(adamw8_step, args, stream, fn, &pv, &gv, &mv, &vv, &ms, &vs, &wv);
 }
 
-extern "C" int ep_sum_squares(const DLTensor *x, double *result, void *) {
+extern "C" int64_t ep_sum_squares_workspace_bytes(int64_t size) { return size < 0 ? 0 : squares_blocks(size) * 8; }
+
+extern "C" int ep_sum_squares(const DLTensor *x, double *result, void *workspace, void *stream) {
   const char *fn = "sum_squares";
-  EP_VIEW(xv, x, 1, FLOATS);
+  EP_VIEW(xv, x, 1, FLOATS | GPU);
   EP_REQUIRE(result != nullptr, "%s: result is missing", fn);
-  *result = 0;
-  if (xv.size == 0) return EP_OK;
-  std::vector<double> partial(size_t(blocks(xv.size)));
-  SumSquares args{xv.data, xv.size, xv.dtype == BF16, partial.data()};
-  EP_RUN(sum_squares, args);
-  for (double p : partial) *result += p;  // in block order
-  return EP_OK;
+  EP_REQUIRE((workspace != nullptr && uintptr_t(workspace) % 8 == 0) || xv.size == 0,
+             "%s: workspace must hold ep_sum_squares_workspace_bytes(%lld) bytes at a multiple of 8", fn, (long long)xv.size);
+  SumSquares args{xv.data, xv.size, xv.dtype, static_cast<double *>(workspace), result};
+  EP_DISPATCH(sum_squares, args, stream, fn, &xv);
 }
 
 #endif

@@ -6,7 +6,29 @@
 namespace ep {
 namespace EP_ISA {
 
+// Inputs and output of one dtype. With COUNT inputs, known when this is compiled; 0: any number.
+template <int COUNT, class T>
+static inline void sum_of(const MergeWeightedSum &a) {
+  const int count = COUNT > 0 ? COUNT : a.count;
+  T *out = reinterpret_cast<T *>(a.out);
+  each(a.size, [&](int64_t j, int m) {
+    V total = get(reinterpret_cast<const T *>(a.x[0].data) + j, m) * set1(a.weight[0]);
+    for (int i = 1; i < count; i++) total = total + get(reinterpret_cast<const T *>(a.x[i].data) + j, m) * set1(a.weight[i]);
+    put(out + j, total, m);
+  });
+}
+template <class T>
+static void sum_of(const MergeWeightedSum &a) {
+  if (a.count == 2) return sum_of<2, T>(a);
+  if (a.count == 3) return sum_of<3, T>(a);
+  sum_of<0, T>(a);
+}
+
 void merge_weighted_sum(const MergeWeightedSum &a) {
+  bool alike = true;
+  for (int i = 0; i < a.count; i++) alike = alike && a.x[i].dtype == a.out_dtype;
+  if (alike && a.out_dtype == BF16) return sum_of<bf16>(a);
+  if (alike && a.out_dtype == F32) return sum_of<float>(a);
   float x[TILE], total[TILE];
   for (int64_t at = 0; at < a.size; at += TILE) {
     const int n = int(a.size - at < TILE ? a.size - at : TILE);
@@ -21,13 +43,24 @@ void merge_weighted_sum(const MergeWeightedSum &a) {
   }
 }
 
-// sum of x y over a tile: eight lanes of double
+// sum of x y over a tile: eight lanes of double. Products of floats are exact in double, so that fma gives the same bits.
 static inline double dot_tile(const float *x, const float *y) {
+#if defined(__AVX2__)
+  __m256d low = _mm256_setzero_pd(), high = low;
+  for (int j = 0; j < TILE; j += 8) {
+    low = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(x + j)), _mm256_cvtps_pd(_mm_loadu_ps(y + j)), low);
+    high = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(x + j + 4)), _mm256_cvtps_pd(_mm_loadu_ps(y + j + 4)), high);
+  }
+  double half[4];
+  _mm256_storeu_pd(half, _mm256_add_pd(low, high));
+  return (half[0] + half[2]) + (half[1] + half[3]);
+#else
   double lane[8] = {};
   for (int j = 0; j < TILE; j += 8) {
     for (int l = 0; l < 8; l++) lane[l] += double(x[j + l]) * double(y[j + l]);
   }
   return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+#endif
 }
 
 void merge_gram(const MergeGram &a) {
@@ -69,27 +102,48 @@ void merge_counts(const MergeCounts &a) {
   }
 }
 
+// Which of 32 numbers are in [low, low + width), the first in the lowest bit; below: so much less for each that is below.
+static inline uint32_t within(const int32_t *bits, int32_t low, uint32_t width, int32_t *below) {
+  uint32_t word = 0;
+#if defined(__AVX2__)
+  const __m256i least = _mm256_set1_epi32(low), last = _mm256_set1_epi32(int32_t(width - 1));
+  __m256i sum = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(below));
+  for (int j = 0; j < 32; j += 8) {
+    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(bits + j)), at = _mm256_sub_epi32(b, least);
+    sum = _mm256_add_epi32(sum, _mm256_cmpgt_epi32(least, b));
+    const __m256i in = _mm256_cmpeq_epi32(_mm256_min_epu32(at, last), at);  // at <= last, without signs
+    word |= uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(in))) << j;
+  }
+  _mm256_storeu_si256(reinterpret_cast<__m256i *>(below), sum);
+#else
+  for (int j = 0; j < 32; j++) {
+    below[j & 7] -= bits[j] < low;
+    word |= uint32_t(uint32_t(bits[j] - low) < width) << j;
+  }
+#endif
+  return word;
+}
+
 void merge_window_counts(const MergeWindowCounts &a) {
-  float d[TILE];
-  int32_t bits[TILE], in[TILE];
+  int32_t bits[TILE];
   for (int64_t at = 0; at < a.size; at += TILE) {
     const int n = int(a.size - at < TILE ? a.size - at : TILE);
-    load_delta(a.x, a.base, at, n, d);
-    magnitude_bits(d, bits);
+    const int32_t most = load_bits(a.x, a.base, at, n, bits);
     int64_t *counts = a.counts;
     for (int w = 0; w < a.count; w++) {
       const int32_t low = int32_t(a.windows[2 * w]);
       const uint32_t width = uint32_t(a.windows[2 * w + 1]);
-      int32_t below = 0;
-      for (int j = 0; j < TILE; j++) {
-        below += bits[j] < low;
-        in[j] = -int32_t(uint32_t(bits[j] - low) < width);
-      }
-      counts[0] += below - (low > 0 ? TILE - n : 0);  // the padding is zero and not there
-      for (int from = 0; from < n; from += 32) {
-        uint32_t hits = pack(in + from);
-        if (n - from < 32) hits &= (1u << (n - from)) - 1;
-        for (; hits != 0; hits &= hits - 1) counts[1 + bits[from + __builtin_ctz(hits)] - low]++;
+      if (most < low) {  // as good as always in a window that only infinity reaches
+        counts[0] += n;
+      } else {
+        int32_t below[8] = {};
+        for (int from = 0; from < TILE; from += 32) {
+          uint32_t hits = within(bits + from, low, width, below);
+          if (n - from < 32) hits &= n > from ? (1u << (n - from)) - 1 : 0;
+          for (; hits != 0; hits &= hits - 1) counts[1 + bits[from + __builtin_ctz(hits)] - low]++;
+        }
+        for (int l = 0; l < 8; l++) counts[0] -= below[l];
+        counts[0] -= low > 0 ? TILE - n : 0;  // the padding is zero and not there
       }
       counts += 1 + int64_t(width);
     }

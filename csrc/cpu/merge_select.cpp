@@ -9,6 +9,51 @@
 namespace ep {
 namespace EP_ISA {
 
+// Whether of a tile's elements equal to low all are in or none, and likewise for high: then those in (above, upto] are in, and the
+// ties are counted. d: the task vector, padded with zeros behind n.
+static inline bool bounds_of(ep_merge_select &s, const float *d, int n, int32_t &above, int32_t &upto) {
+  const bool low_in = s.seen_low >= s.low_skip;
+  bool high_in = false, whole = s.low != s.high;
+  if (whole && !(low_in && s.seen_high >= s.high_keep)) {  // else it does not matter how many there are
+    int32_t lows = 0, highs = 0;
+    for (int j = 0; j < TILE; j++) {
+      const int32_t bits = bits_of(d[j]) & 0x7fffffff;
+      lows += bits == s.low;
+      highs += bits == s.high;
+    }
+    lows -= s.low == 0 ? TILE - n : 0;  // the padding is zero and not there
+    highs -= s.high == 0 ? TILE - n : 0;
+    high_in = s.seen_high + highs <= s.high_keep;
+    whole = (low_in || s.seen_low + lows <= s.low_skip) && (high_in || s.seen_high >= s.high_keep);
+    if (whole) {
+      s.seen_low += lows;
+      s.seen_high += highs;
+    }
+  }
+  above = low_in ? s.low - 1 : s.low;
+  upto = high_in ? s.high : s.high - 1;
+  return whole;
+}
+static inline void keep_between(const float *d, int32_t above, int32_t upto, int32_t *keep) {
+  for (int j = 0; j < TILE; j++) {
+    const int32_t bits = bits_of(d[j]) & 0x7fffffff;
+    keep[j] = -int32_t((bits > above) & (bits <= upto));
+  }
+}
+// Element by element, where a tile has ties that are in and others that are out.
+static void keep_ties(ep_merge_select &s, const float *d, int n, int32_t *keep) {
+  int32_t bits[TILE];
+  magnitude_bits(d, bits);
+  for (int j = 0; j < n; j++) {
+    bool in = bits[j] > s.low && bits[j] < s.high;
+    if (bits[j] == s.low) in = s.seen_low++ >= s.low_skip && (s.low != s.high || s.seen_low <= s.high_keep);
+    if (bits[j] == s.high && s.low != s.high) in = s.seen_high++ < s.high_keep;
+    keep[j] = -int32_t(in);
+  }
+  if (s.low == s.high) s.seen_high = s.seen_low;
+  for (int j = n; j < TILE; j++) keep[j] = 0;
+}
+
 // keep[j] = -1 or 0 for a tile of a task vector d whose first element is element `at` of the piece and `index` of the tensor.
 static inline void keep_tile(ep_merge_select &s, const int32_t *mask, const float *d, int64_t at, int64_t index, int n,
                              int32_t *keep) {
@@ -36,38 +81,12 @@ static inline void keep_tile(ep_merge_select &s, const int32_t *mask, const floa
     }
     return;
   }
-  int32_t bits[TILE];
-  magnitude_bits(d, bits);
-  bool low_in = s.seen_low >= s.low_skip, high_in = false;  // whether elements equal to low, to high, are in: all of this tile's
-  bool whole = s.low != s.high;                             // or none
-  if (whole && !(low_in && s.seen_high >= s.high_keep)) {   // else it does not matter how many there are
-    int32_t lows = 0, highs = 0;
-    for (int j = 0; j < TILE; j++) {
-      lows += bits[j] == s.low;
-      highs += bits[j] == s.high;
-    }
-    lows -= s.low == 0 ? TILE - n : 0;  // the padding is zero and not there
-    highs -= s.high == 0 ? TILE - n : 0;
-    high_in = s.seen_high + highs <= s.high_keep;
-    whole = (low_in || s.seen_low + lows <= s.low_skip) && (high_in || s.seen_high >= s.high_keep);
-    if (whole) {
-      s.seen_low += lows;
-      s.seen_high += highs;
-    }
+  int32_t above, upto;
+  if (bounds_of(s, d, n, above, upto)) {
+    keep_between(d, above, upto, keep);
+  } else {
+    keep_ties(s, d, n, keep);
   }
-  if (whole) {
-    const int32_t above = low_in ? s.low - 1 : s.low, below = high_in ? s.high : s.high - 1;
-    for (int j = 0; j < TILE; j++) keep[j] = -int32_t((bits[j] > above) & (bits[j] <= below));
-    return;
-  }
-  for (int j = 0; j < n; j++) {
-    bool in = bits[j] > s.low && bits[j] < s.high;
-    if (bits[j] == s.low) in = s.seen_low++ >= s.low_skip && (s.low != s.high || s.seen_low <= s.high_keep);
-    if (bits[j] == s.high && s.low != s.high) in = s.seen_high++ < s.high_keep;
-    keep[j] = -int32_t(in);
-  }
-  if (s.low == s.high) s.seen_high = s.seen_low;
-  for (int j = n; j < TILE; j++) keep[j] = 0;
 }
 
 // 32 bits, the first of which is bit `at` of a mask that was zero from there on.
@@ -88,7 +107,6 @@ void merge_masked_sums(const MergeMaskedSums &a) {
       const int n = int(end - at < TILE ? end - at : TILE);
       load_delta(a.x, a.base, at, n, d);
       keep_tile(*a.select, a.mask, d, at, a.start + at, n, keep);
-      for (int j = 0; j < TILE; j++) d[j] = float_of(bits_of(d[j]) & 0x7fffffff);
       sum_tile(d, keep, all, kept);
       if (a.kept == nullptr) continue;
       for (int from = 0; from < n; from += 32) write_bits(pack(keep + from), at + from, a.kept);
@@ -98,17 +116,42 @@ void merge_masked_sums(const MergeMaskedSums &a) {
   }
 }
 
-// out[j] = table[index[j]], and 0 behind n
-static inline void look_up(const int32_t *table, const int32_t *index, int n, int32_t *out) {
+// out[j] = table[index[j]], and 0 behind n. One by one: gathering eight at once takes twice as long on Zen 3.
+static inline void look_up(const int32_t *table, const uint16_t *index, int n, int32_t *out) {
   int j = 0;
-#if defined(__AVX2__)
-  for (; j + 8 <= n; j += 8) {
-    const __m256i at = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(index + j));
-    _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + j), _mm256_i32gather_epi32(table, at, 4));
+  for (; j + 4 <= n; j += 4) {
+    const int32_t a = table[index[j]], b = table[index[j + 1]], c = table[index[j + 2]], d = table[index[j + 3]];
+    out[j] = a, out[j + 1] = b, out[j + 2] = c, out[j + 3] = d;
   }
-#endif
   for (; j < n; j++) out[j] = table[index[j]];
   for (; j < TILE; j++) out[j] = 0;
+}
+
+// limit[s] = least + step * (twice the mean rank of slot s), of whose elements there are even[s] + odd[s]. Up to 7 more may be
+// written.
+static inline void limits_of(const int32_t *even, const int32_t *odd, int slots, float least, float step, int32_t *limit) {
+#if defined(__AVX2__)
+  __m256i before = _mm256_setzero_si256();
+  for (int s = 0; s < slots; s += 8) {
+    const __m256i here = _mm256_add_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(even + s)),
+                                          _mm256_loadu_si256(reinterpret_cast<const __m256i *>(odd + s)));
+    __m256i upto = _mm256_add_epi32(here, _mm256_slli_si256(here, 4));
+    upto = _mm256_add_epi32(upto, _mm256_slli_si256(upto, 8));  // within each half
+    upto = _mm256_add_epi32(upto, _mm256_shuffle_epi32(_mm256_permute2x128_si256(upto, upto, 0x08), 0xff));
+    upto = _mm256_add_epi32(upto, before);
+    before = _mm256_permutevar8x32_epi32(upto, _mm256_set1_epi32(7));
+    const __m256i twice = _mm256_sub_epi32(_mm256_sub_epi32(_mm256_add_epi32(upto, upto), here), _mm256_set1_epi32(1));
+    const __m256 at = _mm256_add_ps(_mm256_set1_ps(least), _mm256_mul_ps(_mm256_set1_ps(step), _mm256_cvtepi32_ps(twice)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(limit + s), _mm256_cvttps_epi32(at));
+  }
+#else
+  int32_t before = 0;
+  for (int s = 0; s < slots; s++) {
+    const int32_t here = even[s] + odd[s];
+    limit[s] = int32_t(least + step * float(2 * before + here - 1));
+    before += here;
+  }
+#endif
 }
 
 // The rank of an element comes from a count of the row's magnitudes by exponent and 6 bits of the fraction, so that one count and
@@ -117,7 +160,8 @@ static inline void look_up(const int32_t *table, const int32_t *index, int n, in
 void merge_rank_mask(const MergeRankMask &a) {
   constexpr int SLOTS = RANK_SLOTS, SHIFT = 17;
   const int64_t columns = a.columns;
-  int32_t *even = a.workspace, *odd = even + SLOTS, *limit = odd + SLOTS, *slot = limit + SLOTS, *bits = slot + columns + TILE;
+  int32_t *even = a.workspace, *odd = even + SLOTS, *limit = odd + SLOTS, *bits = limit + SLOTS;
+  uint16_t *slot = reinterpret_cast<uint16_t *>(bits + columns + TILE);
   uint32_t draw[TILE] = {};
   int32_t keep[TILE];
   float d[TILE];
@@ -126,30 +170,27 @@ void merge_rank_mask(const MergeRankMask &a) {
     int32_t most = 0;
     for (int64_t at = 0; at < columns; at += TILE) {
       const int n = int(columns - at < TILE ? columns - at : TILE);
-      load_delta(a.x, a.base, row + at, n, d);
-      magnitude_bits(d, bits + at);
-      for (int j = 0; j < TILE; j++) most = bits[at + j] > most ? bits[at + j] : most;
+      const int32_t here = load_bits(a.x, a.base, row + at, n, bits + at);
+      most = here > most ? here : most;
     }
     const int32_t lowest = (most >> SHIFT) < SLOTS ? 0 : (most >> SHIFT) - (SLOTS - 1), slots = (most >> SHIFT) - lowest + 1;
     std::memset(even, 0, size_t(slots) * 4);
     std::memset(odd, 0, size_t(slots) * 4);
     for (int64_t j = 0; j < columns; j++) {
       const int32_t s = (bits[j] >> SHIFT) - lowest;
-      slot[j] = s > 0 ? s : 0;
+      slot[j] = uint16_t(s > 0 ? s : 0);
     }
     int64_t j = 0;
-    for (; j + 2 <= columns; j += 2) {
-      even[slot[j]]++;
-      odd[slot[j + 1]]++;
+    for (; j + 4 <= columns; j += 4) {
+      uint64_t four;
+      std::memcpy(&four, slot + j, 8);
+      even[four & 0xffff]++;
+      odd[(four >> 16) & 0xffff]++;
+      even[(four >> 32) & 0xffff]++;
+      odd[four >> 48]++;
     }
-    if (j < columns) even[slot[j]]++;
-    for (int s = 0; s < slots; s++) odd[s] += even[s];
-    int32_t before = 0;
-    for (int s = 0; s < slots; s++) {
-      even[s] = before;
-      before += odd[s];
-    }
-    for (int s = 0; s < slots; s++) limit[s] = int32_t(a.least + a.step * float(2 * even[s] + odd[s] - 1));  // twice the mean rank
+    for (; j < columns; j++) even[slot[j]]++;
+    limits_of(even, odd, slots, a.least, a.step, limit);
     double all = 0, kept = 0;
     for (int64_t at = 0; at < columns; at += TILE) {
       const int n = int(columns - at < TILE ? columns - at : TILE);
@@ -167,10 +208,13 @@ void merge_rank_mask(const MergeRankMask &a) {
   }
 }
 
-// What a tile of task vectors is put together with; keep: -1 where an element stays.
+// What a tile of task vectors is put together with. An element stays as the tile's Keep says: always, where keep is -1, where its
+// bits are in (above, upto], or where its bit is set.
+enum Keep { WHOLE, EACH, BETWEEN, BITS };
 struct Mix {
   float scale[EP_MERGE_MAX_INPUTS], weight[EP_MERGE_MAX_INPUTS], divisor;
-  int32_t keep[EP_MERGE_MAX_INPUTS][TILE];
+  int32_t keep[EP_MERGE_MAX_INPUTS][TILE], above[EP_MERGE_MAX_INPUTS], upto[EP_MERGE_MAX_INPUTS];
+  const int32_t *bits[EP_MERGE_MAX_INPUTS];
   int count;
   bool count_signs;
   ep_merge_task_params p;
@@ -181,69 +225,133 @@ struct Mix {
 //
 // An input takes part in an election where its v, turned as the sum's sign is, is above zero. A sum of zero counts as -1 where
 // zero_sign is negative, and where it is 0 nothing is above infinity.
-template <int COUNT, class T>
+template <int COUNT, Keep KEEP, class T>
 static inline int32_t task_tile(const T *const *x, const T *base, const Mix &mix, float *out) {
+  constexpr int MOST = COUNT > 0 ? COUNT : EP_MERGE_MAX_INPUTS;
   const int count = COUNT > 0 ? COUNT : mix.count;
   const V one = set1(1.f), lambda = set1(mix.p.scale), divisor = set1(mix.divisor), infinity = set1(HUGE_VALF);
-  V v[COUNT > 0 ? COUNT : EP_MERGE_MAX_INPUTS], signs = zero();
+  const bool elect = mix.p.elect != 0, normalize = mix.p.normalize != 0;
+  const int zero_sign = mix.p.zero_sign;
+  V v[MOST], scale[MOST], weight[MOST], above[MOST], upto[MOST], signs = zero();
+  const T *from[MOST];
+  for (int i = 0; i < count; i++) {  // what the stores below might change, for all that the compiler knows
+    from[i] = x[i], scale[i] = set1(mix.scale[i]), weight[i] = set1(mix.weight[i]);
+    above[i] = set1(float_of(mix.above[i])), upto[i] = set1(float_of(mix.upto[i]));
+  }
   for (int j = 0; j < TILE; j += N) {
     const V b = load(base + j);
-    for (int i = 0; i < count; i++) v[i] = (where(mix.keep[i] + j, load(x[i] + j) - b) * set1(mix.scale[i])) * set1(mix.weight[i]);
+    for (int i = 0; i < count; i++) {
+      V d = load(from[i] + j) - b;
+      if (KEEP == EACH) d = where(mix.keep[i] + j, d);
+      if (KEEP == BETWEEN) d = where_between(above[i], upto[i], d);
+      if (KEEP == BITS) d = where_bits(mix.bits[i], j, d);
+      v[i] = (d * scale[i]) * weight[i];
+    }
     V mixed = v[0];
     for (int i = 1; i < count; i++) mixed = mixed + v[i];
-    if (mix.p.elect) {
+    if (elect) {
       if (mix.count_signs) signs = signs + (where_above(mixed, zero(), one) - where_above(zero() - mixed, zero(), one));
-      if (mix.p.zero_sign < 0) mixed = mixed - where_zero(mixed, one);
-      const V least = mix.p.zero_sign == 0 ? where_zero(mixed, infinity) : zero();
+      if (zero_sign < 0) mixed = mixed - where_zero(mixed, one);
+      const V least = zero_sign == 0 ? where_zero(mixed, infinity) : zero();
       V total = zero(), weights = zero();
       for (int i = 0; i < count; i++) {
         const V turn = turned(v[i], mixed);
         total = total + where_above(turn, least, v[i]);
-        if (mix.p.normalize) weights = weights + where_above(turn, least, set1(mix.weight[i]));
+        if (normalize) weights = weights + where_above(turn, least, weight[i]);
       }
-      mixed = mix.p.normalize ? total / (weights + where_zero(weights, one)) : total;
-    } else if (mix.p.normalize) {
+      mixed = normalize ? total / (weights + where_zero(weights, one)) : total;
+    } else if (normalize) {
       mixed = mixed / divisor;
     }
     store(out + j, b + mixed * lambda);
   }
   return int32_t(sum(signs));
 }
-template <class T>
+template <Keep KEEP, class T>
 static inline int32_t task_tile(const T *const *x, const T *base, const Mix &mix, float *out) {
-  if (mix.count == 2) return task_tile<2, T>(x, base, mix, out);
-  if (mix.count == 3) return task_tile<3, T>(x, base, mix, out);
-  return task_tile<0, T>(x, base, mix, out);
+  if (mix.count == 2) return task_tile<2, KEEP, T>(x, base, mix, out);
+  if (mix.count == 3) return task_tile<3, KEEP, T>(x, base, mix, out);
+  return task_tile<0, KEEP, T>(x, base, mix, out);
+}
+
+// How the selections of a call can be looked at in whole tiles.
+static inline Keep keep_of(const MergeTaskSum &a) {
+  bool all = true, between = true, bits = true;
+  for (int i = 0; i < a.count; i++) {
+    const int kind = a.select[i].kind, constant = kind == EP_SELECT_ALL || kind == EP_SELECT_NONE;
+    all = all && kind == EP_SELECT_ALL;
+    between = between && (constant || kind == EP_SELECT_MAGNITUDE);
+    bits = bits && (constant || kind == EP_SELECT_BITS);
+  }
+  return all ? WHOLE : between ? BETWEEN : bits ? BITS : EACH;
+}
+
+// A whole tile from element `at` on, of inputs that are all of type T. `how`, of all selections, becomes EACH where ties need it.
+template <class T>
+static inline int32_t task_tile(const MergeTaskSum &a, Mix &mix, Keep how, int64_t at, float *out) {
+  const T *x[EP_MERGE_MAX_INPUTS], *base = reinterpret_cast<const T *>(a.base.data) + at;
+  bool whole[EP_MERGE_MAX_INPUTS];
+  float d[TILE];
+  for (int i = 0; i < a.count; i++) {
+    ep_merge_select &s = a.select[i];
+    x[i] = reinterpret_cast<const T *>(a.x[i].data) + at;
+    if (s.kind == EP_SELECT_BITS) mix.bits[i] = a.mask[i] + at / 32;
+    if (s.kind != EP_SELECT_MAGNITUDE || how == EACH) continue;
+    const bool count = s.low == s.high || s.seen_low < s.low_skip || s.seen_high < s.high_keep;
+    if (count) load_delta(a.x[i], a.base, at, TILE, d);
+    whole[i] = bounds_of(s, d, TILE, mix.above[i], mix.upto[i]);
+    if (!whole[i]) keep_ties(s, d, TILE, mix.keep[i]);
+  }
+  Keep now = how;
+  for (int i = 0; i < a.count && how == BETWEEN; i++) {
+    if (a.select[i].kind == EP_SELECT_MAGNITUDE && !whole[i]) now = EACH;
+  }
+  if (now == WHOLE) return task_tile<WHOLE, T>(x, base, mix, out);
+  if (now == BETWEEN) return task_tile<BETWEEN, T>(x, base, mix, out);
+  if (now == BITS) return task_tile<BITS, T>(x, base, mix, out);
+  for (int i = 0; i < a.count; i++) {
+    ep_merge_select &s = a.select[i];
+    const bool ties = how == BETWEEN && s.kind == EP_SELECT_MAGNITUDE;
+    if ((ties && !whole[i]) || s.kind == EP_SELECT_ALL || s.kind == EP_SELECT_NONE) continue;  // there already
+    if (s.kind == EP_SELECT_MAGNITUDE) load_delta(a.x[i], a.base, at, TILE, d);
+    if (ties) {
+      keep_between(d, mix.above[i], mix.upto[i], mix.keep[i]);
+    } else {
+      keep_tile(s, a.mask[i], d, at, a.p.start + at, TILE, mix.keep[i]);
+    }
+  }
+  return task_tile<EACH, T>(x, base, mix, out);
 }
 
 void merge_task_sum(const MergeTaskSum &a) {
   Mix mix;
   mix.count = a.count, mix.p = a.p, mix.divisor = a.divisor, mix.count_signs = a.signs != nullptr;
-  bool halves = a.base.dtype == BF16;
+  static const int32_t every[TILE / 32] = {-1, -1, -1, -1, -1, -1, -1, -1}, none[TILE / 32] = {};
+  bool alike = true;
   for (int i = 0; i < a.count; i++) {
+    const bool out_of = a.select[i].kind == EP_SELECT_NONE;
+    for (int j = 0; j < TILE; j++) mix.keep[i][j] = out_of ? 0 : -1;
     mix.scale[i] = a.select[i].scale, mix.weight[i] = a.select[i].weight;
-    halves = halves && a.x[i].dtype == BF16;
-    for (int j = 0; j < TILE; j++) mix.keep[i][j] = -1;
+    alike = alike && a.x[i].dtype == a.base.dtype;
+    mix.above[i] = out_of ? 0x7fffffff : -1, mix.upto[i] = 0x7fffffff;
+    mix.bits[i] = out_of ? none : every;
   }
+  const Keep how = keep_of(a);
   float b[TILE], wide[EP_MERGE_MAX_INPUTS][TILE], out[TILE];
   int64_t signs = 0;
   for (int64_t at = 0; at < a.size; at += TILE) {
     const int n = int(a.size - at < TILE ? a.size - at : TILE);
-    for (int i = 0; i < a.count; i++) {
-      ep_merge_select &s = a.select[i];
-      if (s.kind == EP_SELECT_ALL) continue;
-      if (s.kind == EP_SELECT_MAGNITUDE) load_delta(a.x[i], a.base, at, n, wide[i]);
-      keep_tile(s, a.mask[i], wide[i], at, a.p.start + at, n, mix.keep[i]);
-    }
-    if (halves && n == TILE) {
-      const bf16 *x[EP_MERGE_MAX_INPUTS];
-      for (int i = 0; i < a.count; i++) x[i] = reinterpret_cast<const bf16 *>(a.x[i].data) + at;
-      signs += task_tile(x, reinterpret_cast<const bf16 *>(a.base.data) + at, mix, out);
+    if (alike && n == TILE) {
+      signs += a.base.dtype == BF16 ? task_tile<bf16>(a, mix, how, at, out) : task_tile<float>(a, mix, how, at, out);
     } else {
       const float *x[EP_MERGE_MAX_INPUTS];
       load_tile(a.base, at, n, b);
-      for (int i = 0; i < a.count; i++) load_tile(a.x[i], at, n, wide[i]), x[i] = wide[i];
-      signs += task_tile(x, b, mix, out);
+      for (int i = 0; i < a.count; i++) {
+        if (a.select[i].kind == EP_SELECT_MAGNITUDE) load_delta(a.x[i], a.base, at, n, out);
+        keep_tile(a.select[i], a.mask[i], out, at, a.p.start + at, n, mix.keep[i]);
+        load_tile(a.x[i], at, n, wide[i]), x[i] = wide[i];
+      }
+      signs += task_tile<EACH, float>(x, b, mix, out);
     }
     store_tile(a.out, a.out_dtype, at, n, out);
   }

@@ -3,6 +3,7 @@
 // eight lanes in a fixed order, and nothing contracts a*b + c, so results are the same bits everywhere.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 
 #include "merge.h"
@@ -49,6 +50,11 @@ static inline void load_minus(const Piece &p, const float *b, int64_t at, int n,
 }
 static inline void load_delta(const Piece &x, const Piece &base, int64_t at, int n, float *d) {
   if (base.data == nullptr) return load_tile(x, at, n, d);
+  if (x.dtype == BF16 && base.dtype == BF16 && n == TILE) {
+    const bf16 *p = reinterpret_cast<const bf16 *>(x.data) + at, *q = reinterpret_cast<const bf16 *>(base.data) + at;
+    for (int j = 0; j < TILE; j += N) store(d + j, load(p + j) - load(q + j));
+    return;
+  }
   float b[TILE];
   load_tile(base, at, n, b);
   load_minus(x, b, at, n, d);
@@ -70,11 +76,49 @@ static inline void magnitude_bits(const float *d, int32_t *bits) {
   for (int j = 0; j < TILE; j++) bits[j] = bits_of(d[j]) & 0x7fffffff;
 }
 
-// Vectors chosen element by element: x where keep is -1, where c > least, where c == 0; else 0. v with the sign turned where s has
-// one.
+// The bits of a tile of |x - base|, those behind n 0; returns the largest.
+static inline int32_t load_bits(const Piece &x, const Piece &base, int64_t at, int n, int32_t *bits) {
+  int32_t most = 0;
+#if defined(__AVX2__)
+  if (n == TILE && x.dtype == BF16 && base.data != nullptr && base.dtype == BF16) {
+    const bf16 *p = reinterpret_cast<const bf16 *>(x.data) + at, *q = reinterpret_cast<const bf16 *>(base.data) + at;
+    const auto wide = [](const bf16 *h) {
+      const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i *>(h));
+      return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+    };
+    __m256i high = _mm256_setzero_si256();
+    for (int j = 0; j < TILE; j += 8) {
+      const __m256i d = _mm256_castps_si256(_mm256_sub_ps(wide(p + j), wide(q + j)));
+      const __m256i b = _mm256_and_si256(d, _mm256_set1_epi32(0x7fffffff));
+      high = _mm256_max_epi32(high, b);
+      _mm256_storeu_si256(reinterpret_cast<__m256i *>(bits + j), b);
+    }
+    int32_t lanes[8];
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(lanes), high);
+    for (int l = 0; l < 8; l++) most = lanes[l] > most ? lanes[l] : most;
+    return most;
+  }
+#endif
+  float d[TILE];
+  load_delta(x, base, at, n, d);
+  magnitude_bits(d, bits);
+  for (int j = 0; j < TILE; j++) most = bits[j] > most ? bits[j] : most;
+  return most;
+}
+
+// Vectors chosen element by element, else 0: x where keep is -1; where bit j + l of a mask, j a multiple of N, is set; where the
+// bits of |x| are above `above` and no more than `upto`; where c > least; where c == 0. v with the sign turned where s has one.
 #if defined(__AVX512F__)
 static inline V where(const int32_t *keep, V x) {
   return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x.v), _mm512_loadu_si512(keep)))};
+}
+static inline V where_bits(const int32_t *mask, int j, V x) {
+  return {_mm512_maskz_mov_ps(__mmask16(uint32_t(mask[j >> 5]) >> (j & 31)), x.v)};
+}
+static inline V where_between(V above, V upto, V x) {
+  const __m512i bits = _mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x7fffffff));
+  const __mmask16 in = _mm512_cmpgt_epi32_mask(bits, _mm512_castps_si512(above.v));
+  return {_mm512_maskz_mov_ps(__mmask16(in & ~_mm512_cmpgt_epi32_mask(bits, _mm512_castps_si512(upto.v))), x.v)};
 }
 static inline V where_above(V c, V least, V x) { return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(c.v, least.v, _CMP_GT_OQ), x.v)}; }
 static inline V where_zero(V c, V x) { return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(c.v, zero().v, _CMP_EQ_OQ), x.v)}; }
@@ -84,6 +128,16 @@ static inline V turned(V v, V s) {
 }
 #elif defined(__AVX2__)
 static inline V where(const int32_t *keep, V x) { return {_mm256_and_ps(x.v, load(reinterpret_cast<const float *>(keep)).v)}; }
+static inline V where_bits(const int32_t *mask, int j, V x) {
+  const __m256i each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i here = _mm256_and_si256(_mm256_set1_epi32(int32_t(uint32_t(mask[j >> 5]) >> (j & 31))), each);
+  return {_mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(here, each)), x.v)};
+}
+static inline V where_between(V above, V upto, V x) {
+  const __m256i bits = _mm256_and_si256(_mm256_castps_si256(x.v), _mm256_set1_epi32(0x7fffffff));
+  const __m256i in = _mm256_cmpgt_epi32(bits, _mm256_castps_si256(above.v));
+  return {_mm256_and_ps(_mm256_castsi256_ps(_mm256_andnot_si256(_mm256_cmpgt_epi32(bits, _mm256_castps_si256(upto.v)), in)), x.v)};
+}
 static inline V where_above(V c, V least, V x) { return {_mm256_and_ps(_mm256_cmp_ps(c.v, least.v, _CMP_GT_OQ), x.v)}; }
 static inline V where_zero(V c, V x) { return {_mm256_and_ps(_mm256_cmp_ps(c.v, zero().v, _CMP_EQ_OQ), x.v)}; }
 static inline V turned(V v, V s) { return {_mm256_xor_ps(v.v, _mm256_and_ps(s.v, set1(-0.f).v))}; }
@@ -92,6 +146,15 @@ static inline V where(const int32_t *keep, V x) {
   IntLanes k;
   std::memcpy(&k, keep, 32);
   return {Lanes(IntLanes(x.v) & k)};
+}
+static inline V where_bits(const int32_t *mask, int j, V x) {
+  IntLanes k;
+  for (int l = 0; l < N; l++) k[l] = -int32_t((uint32_t(mask[j >> 5]) >> ((j & 31) + l)) & 1);
+  return {Lanes(IntLanes(x.v) & k)};
+}
+static inline V where_between(V above, V upto, V x) {
+  const IntLanes bits = IntLanes(x.v) & 0x7fffffff;
+  return {Lanes(IntLanes(x.v) & (bits > IntLanes(above.v)) & (bits <= IntLanes(upto.v)))};
 }
 static inline V where_above(V c, V least, V x) { return {Lanes(IntLanes(c.v > least.v) & IntLanes(x.v))}; }
 static inline V where_zero(V c, V x) { return {Lanes(IntLanes(c.v == zero().v) & IntLanes(x.v))}; }
@@ -142,12 +205,13 @@ static inline void random_tile(uint64_t key, int64_t first, int n, uint32_t *out
   draws_of_tile(key, first, n, out, [](uint32_t draw) { return draw; });
 }
 
-// all += sum of a tile x, kept += sum of its elements where keep is -1 and not 0: in doubles, eight lanes.
+// all += sum of |x| over a tile, kept += that of its elements where keep is -1 and not 0: in doubles, eight lanes.
 static inline void sum_tile(const float *x, const int32_t *keep, double &all, double &kept) {
 #if defined(__AVX2__)
   __m256d a0 = _mm256_setzero_pd(), a1 = a0, k0 = a0, k1 = a0;
+  const __m128 size = _mm_castsi128_ps(_mm_set1_epi32(0x7fffffff));
   for (int j = 0; j < TILE; j += 8) {
-    const __m128 x0 = _mm_loadu_ps(x + j), x1 = _mm_loadu_ps(x + j + 4);
+    const __m128 x0 = _mm_and_ps(_mm_loadu_ps(x + j), size), x1 = _mm_and_ps(_mm_loadu_ps(x + j + 4), size);
     a0 = _mm256_add_pd(a0, _mm256_cvtps_pd(x0));
     a1 = _mm256_add_pd(a1, _mm256_cvtps_pd(x1));
     k0 = _mm256_add_pd(k0, _mm256_cvtps_pd(_mm_and_ps(x0, _mm_loadu_ps(reinterpret_cast<const float *>(keep + j)))));
@@ -161,8 +225,8 @@ static inline void sum_tile(const float *x, const int32_t *keep, double &all, do
 #else
   double a[8] = {}, k[8] = {};
   for (int j = 0; j < TILE; j += 8) {
-    for (int l = 0; l < 8; l++) a[l] += double(x[j + l]);
-    for (int l = 0; l < 8; l++) k[l] += keep[j + l] ? double(x[j + l]) : 0.0;
+    for (int l = 0; l < 8; l++) a[l] += std::fabs(double(x[j + l]));
+    for (int l = 0; l < 8; l++) k[l] += keep[j + l] ? std::fabs(double(x[j + l])) : 0.0;
   }
   all += ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
   kept += ((k[0] + k[4]) + (k[2] + k[6])) + ((k[1] + k[5]) + (k[3] + k[7]));

@@ -1,8 +1,12 @@
-// AdamW on the GPU, float32 and 8-bit moments: see csrc/cpu/adamw.cpp for the formulas. One pass, bound by memory.
+// AdamW on the GPU, float32 and 8-bit moments, and the sum of squares: see csrc/cpu/adamw.cpp for the formulas. One pass, bound by
+// memory.
 //
 // Float32 moments: a thread has a run of 8 elements. 8-bit moments: a warp has a group of 256, lane l elements 8 l to 8 l + 7; the
 // group's largest moments are found by shuffles, and codes by reckoning: within a decade the code's values are equally far apart,
 // so a scaled magnitude is the index, give or take one, and the midpoints in shared memory decide.
+//
+// Sum of squares: in the order of a CPU with eight lanes, so with its bits. A tile of 256 elements is read as one run of 8 by each
+// lane of a warp, and comes out of shared memory again the other way, as 8 sums of every 8th element; 4 tiles make use of 32 lanes.
 #include "adamw.h"
 
 #include <type_traits>
@@ -180,6 +184,71 @@ __global__ void __launch_bounds__(32 * WARPS) step8(const AdamW a, uint8_t *m_co
   }
 }
 
+constexpr int TILES = 4, TILE_ROOM = int(SQUARES_TILE) + 8;  // of a warp at a time; so that its lanes read different banks
+constexpr int SUMS = int(SQUARES_BLOCK / SQUARES_TILE) * 8;  // of a block
+static_assert(SUMS % (WARPS * TILES * 8) == 0 && SQUARES_TILE == 32 * RUN, "whole rounds, whole tiles");
+
+template <class T>
+__global__ void __launch_bounds__(32 * WARPS) square_block(const T *x, int64_t size, bool whole, double *partial) {
+  const int lane = int(threadIdx.x) % 32, warp = int(threadIdx.x) / 32;
+  double *sums = shared_memory<double>();  // (tile, lane of the CPU)
+  float *room = reinterpret_cast<float *>(sums + SUMS) + warp * TILES * TILE_ROOM;
+  const int64_t from = int64_t(blockIdx.x) * SQUARES_BLOCK;
+  const int count = int(min(SQUARES_BLOCK, size - from));
+  x += from;
+  for (int tile = warp * TILES; tile * int(SQUARES_TILE) < count; tile += WARPS * TILES) {
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+      const int i = (tile + t) * int(SQUARES_TILE) + lane * RUN;
+      float v[RUN];
+      if (whole && i + RUN <= count) {
+        load_run<RUN, true>(x + i, v);
+      } else {
+#pragma unroll
+        for (int e = 0; e < RUN; e++) v[e] = i + e < count ? to_float(x[i + e]) : 0.f;
+      }
+      store_run(room + t * TILE_ROOM + lane * RUN, v);
+    }
+    __syncwarp();
+    const float *mine = room + lane / 8 * TILE_ROOM + lane % 8;
+    float s = 0.f;
+#pragma unroll
+    for (int step = 0; step < int(SQUARES_TILE) / 8; step++) s = fmaf(mine[step * 8], mine[step * 8], s);
+    sums[tile * 8 + lane] = double(s);
+    __syncwarp();
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  double total = 0;
+  for (int i = 0; i < (count + int(SQUARES_TILE) - 1) / int(SQUARES_TILE) * 8; i++) total = __dadd_rn(total, sums[i]);
+  partial[blockIdx.x] = total;
+}
+
+// One block; the order is that of the partial sums.
+__global__ void __launch_bounds__(256) add_squares(const double *partial, int64_t count, double *result) {
+  double *some = shared_memory<double>(), total = 0;  // (256)
+  for (int64_t from = 0; from < count; from += 256) {
+    const int n = int(min(int64_t(256), count - from)), i = int(threadIdx.x);
+    if (i < n) some[i] = partial[from + i];
+    __syncthreads();
+    for (int k = 0; i == 0 && k < n; k++) total = __dadd_rn(total, some[k]);
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) *result = total;
+}
+
+template <class T>
+int squares(const SumSquares &a, void *stream) {
+  const int64_t blocks = squares_blocks(a.size);
+  if (blocks > 0) {
+    const size_t shared = SUMS * sizeof(double) + WARPS * TILES * TILE_ROOM * sizeof(float);
+    const int status = launch(&square_block<T>, dim3(unsigned(blocks)), 32 * WARPS, shared, stream,
+                              reinterpret_cast<const T *>(a.x), a.size, aligned16(a.x), blocks == 1 ? a.result : a.partial);
+    if (blocks == 1 || status != EP_OK) return status;
+  }
+  return launch(&add_squares, dim3(1), 256, 256 * sizeof(double), stream, static_cast<const double *>(a.partial), blocks, a.result);
+}
+
 Code code_of(const DynamicCode &d) {
   Code c;
   for (int i = 0; i < 256; i++) c.value[i] = d.value[i];
@@ -233,6 +302,11 @@ int adamw_step(const AdamW &a, void *stream) {
 
 int adamw8_step(const AdamW8 &a, void *stream) {
   return of_dtypes(a.step, [&](auto steps) { return decltype(steps)::eight(a, stream); });
+}
+
+int sum_squares(const SumSquares &a, void *stream) {
+  if (a.dtype == F32) return squares<float>(a, stream);
+  return a.dtype == BF16 ? squares<bf16>(a, stream) : squares<fp16>(a, stream);
 }
 
 }  // namespace cuda

@@ -162,21 +162,26 @@ def adamw_step(
 @takes_arrays
 @torch.no_grad()
 def global_norm(tensors: Sequence[Tensor]) -> float:
-    """sqrt of the sum of squares over all tensors (any shape and dtype), accumulated in float64; the same bits at any thread count.
+    """sqrt of the sum of squares over all tensors (any shape and dtype), accumulated in float64; the same bits at any thread count,
+    and on a GPU those of a CPU with AVX2.
 
     >>> global_norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
     5.0
     """
     total = 0.0
-    elsewhere = []  # on a GPU: looked at once, at the end
+    elsewhere = []  # [1] each, on a GPU: looked at once, at the end
     for t in tensors:
         t = t.detach().contiguous()
-        if native(t):
-            total += core().sum_squares(to_dlpack(t.view(-1)))
+        if native(t, gpu=GPU_FLOATS):
+            if t.device.type == "cpu":
+                total += core().sum_squares(to_dlpack(t.view(-1)))
+                continue
+            elsewhere.append(torch.empty(1, dtype=torch.float64, device=t.device))
+            core().sum_squares(to_dlpack(t.view(-1)), to_dlpack(elsewhere[-1]))
         else:
-            elsewhere.append(torch.linalg.vector_norm(t, dtype=torch.float64).square())
-    if elsewhere:
-        total += sum(float(t) for t in torch.stack([t.to(elsewhere[0].device) for t in elsewhere]).tolist())
+            elsewhere.append(torch.linalg.vector_norm(t, dtype=torch.float64).square().view(1))
+    for square in torch.cat([s.to(elsewhere[0].device) for s in elsewhere]).tolist() if elsewhere else []:
+        total += square  # one after the other: sum() is compensated in some Pythons, and would give other bits
     return math.sqrt(total)
 
 

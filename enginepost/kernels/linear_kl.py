@@ -31,9 +31,9 @@ from torch import Tensor
 
 from enginepost.kernels.arrays import make_callable, takes_arrays
 from enginepost.kernels.backend import emulating
+from enginepost.kernels.linear_kl_blocks import KINDS, SUMS, Settings, compare, gradient, log_mixture, scan, through
 from enginepost.kernels.matmul import mm
 
-KINDS = ("forward", "reverse", "js")
 BLOCK_ELEMENTS = 1 << 20  # of a block of logits: 4 MB of float32
 GPU_BLOCK_ELEMENTS = 1 << 24  # 64 MB, so that a product fills the card
 SMALLEST_OTHER = 2.0**-23  # the teacher's probability of "other" is never less, so that reverse KL stays finite
@@ -189,12 +189,8 @@ def _divergence(log_p: Tensor, log_q: Tensor, kind: str, beta: float) -> Tensor:
         return weighted(log_q, log_p)
     if kind == "reverse":
         return weighted(log_p, log_q)
-    log_m = _log_mixture(log_p, log_q, beta)
+    log_m = log_mixture(log_p, log_q, beta)
     return beta * weighted(log_q, log_m) + (1 - beta) * weighted(log_p, log_m)
-
-
-def _log_mixture(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    return torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
 
 
 def _outcomes(ids: Tensor, logprobs: Tensor, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,179 +205,125 @@ def _outcomes(ids: Tensor, logprobs: Tensor, vocab: int, dtype: torch.dtype) -> 
 
 
 class _Side:
-    """Logits of one side, block by block."""
+    """The products of one side, block by block, in memory that is used again."""
 
-    def __init__(self, hidden: Tensor, head: Tensor, softcap: float, temperature: float) -> None:
-        self.hidden, self.head, self.softcap, self.temperature = hidden, head, softcap, temperature
-        self.dtype = torch.promote_types(torch.promote_types(hidden.dtype, head.dtype), torch.float32)
+    def __init__(self, hidden: Tensor, head: Tensor, dtype: torch.dtype | None = None) -> None:
+        self.hidden, self.head, self.dtype = hidden, head, dtype or _result_dtype(hidden, head)
+        tokens, vocab = hidden.shape[0], head.shape[0]
+        elements = GPU_BLOCK_ELEMENTS if hidden.is_cuda else BLOCK_ELEMENTS
+        self.step = min(vocab, max(64, elements // max(1, tokens) // 64 * 64))
+        self.room = torch.empty(tokens, -(-self.step // 4) * 4, dtype=self.dtype, device=hidden.device)
 
-    def z(self, v0: int, v1: int) -> Tensor:
-        """`[T, v1 - v0]`."""
-        u = torch.empty(self.hidden.shape[0], v1 - v0, dtype=self.dtype, device=self.hidden.device)
-        mm(self.hidden, self.head[v0:v1].t(), out=u)
-        if self.softcap > 0:
-            u.div_(self.softcap).tanh_().mul_(self.softcap)
-        return u.div_(self.temperature) if self.temperature != 1 else u
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        vocab = self.head.shape[0]
+        return ((v0, min(v0 + self.step, vocab)) for v0 in range(0, vocab, self.step))
 
-    def through(self, dz: Tensor, z: Tensor) -> Tensor:
-        """du of the products from dz; dz is overwritten."""
-        if self.softcap > 0:
-            dz.mul_(1 - (z * (self.temperature / self.softcap)).square_())
-        return dz.div_(self.temperature) if self.temperature != 1 else dz
+    def u(self, v0: int, v1: int) -> Tensor:
+        """`[T, v1 - v0]`, valid until the next call."""
+        return mm(self.hidden, self.head[v0:v1].t(), out=self.room[:, : v1 - v0])
 
 
-def _blocks(student: _Side) -> Iterator[tuple[int, int]]:
-    tokens, vocab = student.hidden.shape[0], student.head.shape[0]
-    elements = GPU_BLOCK_ELEMENTS if student.hidden.is_cuda else BLOCK_ELEMENTS
-    step = min(vocab, max(64, elements // max(1, tokens) // 64 * 64))
-    return ((v0, min(v0 + step, vocab)) for v0 in range(0, vocab, step))
-
-
-class _Running:
-    """log sum exp of rows that come block by block."""
-
-    def __init__(self, rows: int, like: Tensor) -> None:
-        self.high = like.new_full((rows, 1), -math.inf)
-        self.total = like.new_zeros(rows, 1)
-
-    def add(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns exp(z - high) and what sums made with the high of before are to be multiplied by."""
-        high = torch.maximum(self.high, z.amax(1, keepdim=True))
-        safe = high.masked_fill(high == -math.inf, 0.0)
-        rescale, weight = (self.high - safe).exp(), (z - safe).exp_()
-        self.high, self.total = high, self.total * rescale + weight.sum(1, keepdim=True)
-        return weight, rescale
-
-    def norm(self) -> Tensor:
-        """`[T, 2]`, largest and log of the sum beyond it: their sum would lose the digits that the largest has not."""
-        return torch.cat([self.high, self.total.log()], dim=1)
-
-
-def _log(z: Tensor, norm: Tensor) -> Tensor:
-    """log softmax of a block, in place."""
-    return z.sub_(norm[:, :1]).sub_(norm[:, 1:])
+def _teacher(student: _Side, hidden: Tensor | None, head: Tensor | None) -> _Side | None:
+    return None if hidden is None or head is None else _Side(hidden, head, student.dtype)
 
 
 def _forward(
     hidden: Tensor, head: Tensor, teacher_hidden: Tensor | None, teacher_head: Tensor | None, ids: Tensor | None,
-    logprobs: Tensor | None, kind: str, beta: float, temperature: float, softcap: float, teacher_softcap: float,
+    logprobs: Tensor | None, s: Settings,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """kl `[T]` and what the backward pass needs beside the inputs, `[T, 5]` or, with top-k, `[T, k + 3]`."""
-    student = _Side(hidden, head, softcap, temperature)
-    if ids is not None and logprobs is not None:
-        kl, state = _forward_topk(student, ids, logprobs, kind, beta)
-    else:
-        assert teacher_hidden is not None and teacher_head is not None
-        kl, state = _forward_full(
-            student, _Side(teacher_hidden, teacher_head, teacher_softcap, temperature), kind, beta
-        )
-    return kl.to(_result_dtype(hidden, head)), state
+    student = _Side(hidden, head)
+    teacher = _teacher(student, teacher_hidden, teacher_head)
+    if teacher is not None:
+        return _forward_full(student, teacher, s)
+    assert ids is not None and logprobs is not None
+    return _forward_topk(student, ids, logprobs, s)
 
 
 def _result_dtype(hidden: Tensor, head: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(hidden.dtype, head.dtype), torch.float32)
 
 
-def _forward_full(student: _Side, teacher: _Side, kind: str, beta: float) -> tuple[Tensor, Tensor]:
-    tokens = student.hidden.shape[0]
-    like = torch.empty(0, dtype=student.dtype, device=student.hidden.device)
-    p, q = _Running(tokens, like), _Running(tokens, like)
-    weighted = like.new_zeros(tokens, 1)
-    for v0, v1 in _blocks(student):
-        z, t = student.z(v0, v1), teacher.z(v0, v1).to(student.dtype)
-        before, total = p.high - q.high, (q if kind == "forward" else p).total
-        (by_p, rescale_p), (by_q, rescale_q) = p.add(z), q.add(t)
-        if kind != "js":
-            moved = (p.high - q.high - before).nan_to_num(0.0)  # NaN in the first block
-            weight, rescale = (by_q, rescale_q) if kind == "forward" else (by_p, rescale_p)
-            apart = z.sub_(p.high).sub_(t.sub_(q.high))
-            weighted = (weighted - moved * total) * rescale + weight.mul_(apart).sum(1, keepdim=True)
-    norm, teacher_norm = p.norm(), q.norm()
-    less = teacher_norm[:, 1:] - norm[:, 1:]
-    if kind == "forward":
-        mean = weighted / q.total
+def _forward_full(student: _Side, teacher: _Side, s: Settings) -> tuple[Tensor, Tensor]:
+    sums = student.room.new_empty(len(student.hidden), SUMS)
+    for v0, v1 in student.blocks():
+        scan(student.u(v0, v1), teacher.u(v0, v1), None, None, sums, v0, s)
+    high_p, total_p, high_q, total_q, weighted = sums.split(1, dim=1)
+    # Largest and log of the sum apart: their sum would lose the digits that the largest has not.
+    norm = torch.cat([high_p, total_p.log(), high_q, total_q.log()], dim=1)
+    less = norm[:, 3:] - norm[:, 1:2]
+    if s.kind == "forward":
+        mean = weighted / total_q
         kl = -(mean + less)
-    elif kind == "reverse":
-        mean = weighted / p.total
+    elif s.kind == "reverse":
+        mean = weighted / total_p
         kl = mean + less
     else:
-        kl, mean = like.new_zeros(tokens, 1), like.new_zeros(tokens, 1)
-        for v0, v1 in _blocks(student):
-            log_p, log_q = _log(student.z(v0, v1), norm), _log(teacher.z(v0, v1).to(student.dtype), teacher_norm)
-            log_m = _log_mixture(log_p, log_q, beta)
-            mean += (log_p.exp() * (log_p - log_m)).sum(1, keepdim=True)
-            kl += log_q.exp().mul_(log_q - log_m).sum(1, keepdim=True)
-        kl = beta * kl + (1 - beta) * mean
-    return kl.squeeze(1), torch.cat([norm, teacher_norm, mean], dim=1)
+        of_q_and_p = sums.new_empty(len(sums), 2)
+        for v0, v1 in student.blocks():
+            compare(student.u(v0, v1), teacher.u(v0, v1), norm, of_q_and_p, v0, s)
+        mean = of_q_and_p[:, 1:]
+        kl = s.beta * of_q_and_p[:, :1] + (1 - s.beta) * mean
+    return kl.squeeze(1), torch.cat([norm, mean], dim=1)
 
 
-def _forward_topk(student: _Side, ids: Tensor, logprobs: Tensor, kind: str, beta: float) -> tuple[Tensor, Tensor]:
-    tokens, vocab = student.hidden.shape[0], student.head.shape[0]
-    ids, kept, log_q = _outcomes(ids, logprobs, vocab, student.dtype)
+def _forward_topk(student: _Side, ids: Tensor, logprobs: Tensor, s: Settings) -> tuple[Tensor, Tensor]:
+    ids, log_q = _outcomes_in(ids, logprobs, student)
     chosen = torch.full(ids.shape, -math.inf, dtype=student.dtype, device=ids.device)
-    rest = _Running(tokens, chosen)
-    for v0, v1 in _blocks(student):
-        z = student.z(v0, v1)
-        row, column = (kept & (ids >= v0) & (ids < v1)).nonzero(as_tuple=True)
-        token = ids[row, column] - v0
-        chosen[row, column] = z[row, token]
-        z[row, token] = -math.inf
-        rest.add(z)
-    high = torch.cat([chosen, rest.high], dim=1).amax(1, keepdim=True)
-    outcomes = torch.cat([chosen - high, rest.high - high + rest.total.log()], dim=1)
+    sums = student.room.new_empty(len(ids), SUMS)
+    for v0, v1 in student.blocks():
+        scan(student.u(v0, v1), None, ids, chosen, sums, v0, s)
+    high = torch.cat([chosen, sums[:, :1]], dim=1).amax(1, keepdim=True)
+    outcomes = torch.cat([chosen - high, sums[:, :1] - high + sums[:, 1:2].log()], dim=1)
     total = torch.logsumexp(outcomes, dim=1, keepdim=True)
     log_p = outcomes - total
-    return _divergence(log_p, log_q, kind, beta).sum(1), torch.cat([log_p, high, total], dim=1)
+    return _divergence(log_p, log_q, s.kind, s.beta).sum(1), torch.cat([log_p, high, total], dim=1)
 
 
-def _gradient_blocks(
-    student: _Side,
-    teacher: _Side | None,
-    ids: Tensor | None,
-    logprobs: Tensor | None,
-    state: Tensor,
-    kind: str,
-    beta: float,
-) -> Iterator[tuple[int, int, Tensor]]:
-    """(v0, v1, du `[T, v1 - v0]`) of every block of the vocabulary."""
-    vocab = student.head.shape[0]
-    if teacher is not None:
-        norm, teacher_norm, mean = state.split([2, 2, 1], dim=1)
-        for v0, v1 in _blocks(student):
-            z = student.z(v0, v1)
-            t = teacher.z(v0, v1).to(student.dtype)
-            log_p = _log(z.clone(), norm)
-            if kind == "forward":
-                dz = log_p.exp_().sub_(_log(t, teacher_norm).exp_())
-            elif (
-                kind == "reverse"
-            ):  # log p - log q - KL without the logs of the sums, which would leave their roundings
-                dz = log_p.exp_().mul_((z - norm[:, :1]).sub_(t.sub_(teacher_norm[:, :1])).sub_(mean))
-            else:
-                log_m = _log_mixture(log_p, _log(t, teacher_norm), beta)
-                dz = log_p.exp().mul_(log_p.sub_(log_m).sub_(mean)).mul_(1 - beta)
-            yield v0, v1, student.through(dz, z)
-        return
-    assert ids is not None and logprobs is not None
+def _outcomes_in(ids: Tensor, logprobs: Tensor, student: _Side) -> tuple[Tensor, Tensor]:
+    """ids with -1 for padding, contiguous, and log q of all outcomes."""
+    _, kept, log_q = _outcomes(ids, logprobs, student.head.shape[0], student.dtype)
+    return ids.masked_fill(~kept, -1).contiguous(), log_q
+
+
+def _gradients(
+    student: _Side, teacher: _Side | None, ids: Tensor | None, logprobs: Tensor | None, state: Tensor, dkl: Tensor, s: Settings,
+    dtype: torch.dtype,
+) -> Iterator[tuple[int, int, Tensor]]:  # fmt: skip
+    """(v0, v1, du `[T, v1 - v0]` in dtype) of every block of the vocabulary; du is valid until the next."""
+    dchosen = None
+    if teacher is None:
+        assert ids is not None and logprobs is not None
+        ids, log_q = _outcomes_in(ids, logprobs, student)
+        state, dchosen = _slopes(state, log_q, s)
+    else:
+        ids = None
+    room = student.room if dtype == student.dtype else student.room.new_empty(student.room.shape, dtype=dtype)
+    for v0, v1 in student.blocks():
+        du = room[:, : v1 - v0]
+        theirs = None if teacher is None else teacher.u(v0, v1)
+        gradient(student.u(v0, v1), theirs, ids, dchosen, state, dkl, du, v0, s)
+        yield v0, v1, du
+
+
+def _slopes(state: Tensor, log_q: Tensor, s: Settings) -> tuple[Tensor, Tensor]:
+    """Of a top-k teacher: state `[T, 3]` of `gradient`, and du of the chosen tokens.
+
+    dz_v = p_v (G_v - sum_w p_w G_w), G = d divergence / d p of the outcome that v belongs to.
+    """
     log_p, norm = state[:, :-2], state[:, -2:]
-    ids, kept, log_q = _outcomes(ids, logprobs, vocab, student.dtype)
     none = log_p == -math.inf  # padding, or all tokens chosen
-    # dz_v = p_v (G_v - sum_w p_w G_w), G = d divergence / d p of the outcome that v belongs to.
-    if kind == "forward":
+    if s.kind == "forward":
         slope = -(log_q - log_p).exp()
-    elif kind == "reverse":
+    elif s.kind == "reverse":
         slope = log_p - log_q
     else:
-        slope = (1 - beta) * (log_p - _log_mixture(log_p, log_q, beta))
+        slope = (1 - s.beta) * (log_p - log_mixture(log_p, log_q, s.beta))
     slope = slope.masked_fill(none, 0.0)
     slope -= (log_p.exp() * slope).sum(1, keepdim=True)
-    dz_chosen = log_p[:, :-1].exp() * slope[:, :-1]
-    for v0, v1 in _blocks(student):
-        z = student.z(v0, v1)
-        dz = _log(z.clone(), norm).exp_().mul_(slope[:, -1:])
-        row, column = (kept & (ids >= v0) & (ids < v1)).nonzero(as_tuple=True)
-        dz[row, ids[row, column] - v0] = dz_chosen[row, column]
-        yield v0, v1, student.through(dz, z)
+    z = (log_p + norm.sum(1, keepdim=True)).masked_fill_(none, 0.0)
+    dchosen = through(log_p.exp() * slope, z, s)[:, :-1]
+    return torch.cat([norm, slope[:, -1:]], dim=1), dchosen.contiguous()
 
 
 @torch.library.custom_op("enginepost::linear_kl", mutates_args=())
@@ -389,9 +331,8 @@ def _op(
     hidden: Tensor, head: Tensor, teacher_hidden: Tensor | None, teacher_head: Tensor | None, ids: Tensor | None,
     logprobs: Tensor | None, kind: str, beta: float, temperature: float, softcap: float, teacher_softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _forward(
-        hidden, head, teacher_hidden, teacher_head, ids, logprobs, kind, beta, temperature, softcap, teacher_softcap
-    )
+    settings = Settings(kind, beta, temperature, softcap, teacher_softcap)
+    return _forward(hidden, head, teacher_hidden, teacher_head, ids, logprobs, settings)
 
 
 @_op.register_fake
@@ -412,15 +353,14 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dhidden `[T, K]` and dhead `[V, K]` in the dtypes of hidden and head; no rows where a gradient is not asked."""
     dhidden, dhead = _empty_gradients(hidden, head, hidden_grad, head_grad)
-    student = _Side(hidden, head, softcap, temperature)
-    teacher = None
-    if teacher_hidden is not None and teacher_head is not None:
-        teacher = _Side(teacher_hidden, teacher_head, teacher_softcap, temperature)
+    student = _Side(hidden, head)
+    teacher = _teacher(student, teacher_hidden, teacher_head)
     total = torch.zeros(dhidden.shape, dtype=student.dtype, device=hidden.device)
-    for v0, v1, du in _gradient_blocks(student, teacher, ids, logprobs, state, kind, beta):
-        du.mul_(dkl.unsqueeze(1))
-        if (head.is_cuda or emulating()) and head.dtype == torch.bfloat16:
-            du = du.to(head.dtype)  # one product; a float32 one would be made of three
+    # On a GPU one product; a float32 one would be made of three.
+    narrow = (head.is_cuda or emulating()) and head.dtype == torch.bfloat16
+    settings = Settings(kind, beta, temperature, softcap, teacher_softcap)
+    dkl, dtype = dkl.to(student.dtype).contiguous(), head.dtype if narrow else student.dtype
+    for v0, v1, du in _gradients(student, teacher, ids, logprobs, state, dkl, settings, dtype):
         if hidden_grad:
             mm(du, head[v0:v1], out=total, accumulate=True)
         if head_grad:

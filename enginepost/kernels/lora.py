@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from enginepost.kernels.arrays import make_callable, takes_arrays
-from enginepost.kernels.backend import eager, plain
+from enginepost.kernels.backend import GPU_FLOATS, core, eager, native, plain, to_dlpack
 from enginepost.kernels.matmul import mm
 from enginepost.kernels.nf4 import NF4Weight, nf4_mm, reference_dequantize, row_squares
 
@@ -281,7 +281,7 @@ def _dora(
             gains.append(p.magnitude.to(wide) / row_norm(weight, p))
         end = p.start + p.B.shape[0]
     gain = torch.cat([*gains, torch.ones(weight_shape(weight)[0] - end, dtype=wide, device=x.device)])
-    masked = _dropped(x, dropout, seed) if dropout else x
+    masked = torch.ops.enginepost.lora_dropout(x, dropout, seed) if dropout else x
     y = _linear(masked, weight, None, parts, 0.0, seed, unrounded=True) * gain
     if dropout:
         y = y + _linear(x - masked, weight, None, (), 0.0, seed)
@@ -327,8 +327,14 @@ def _row_squares(m: Matrix) -> Tensor:
     return torch.linalg.vector_norm(m, dim=1, dtype=torch.promote_types(m.dtype, torch.float32)).square_()
 
 
-def _dropped(x: Tensor, dropout: float, seed: int) -> Tensor:
-    return torch.where(keep_mask(x.shape[0], x.shape[1], dropout, seed, x.device), x * (1 / (1 - dropout)), 0.0)
+def _dropped(x: Tensor, dropout: float, seed: int, out: Tensor | None = None) -> Tensor:
+    """x / (1 - dropout) where `keep_mask` keeps, else 0, in x's dtype; into out, which may be x."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    if native(x, gpu=GPU_FLOATS):
+        core().lora_dropout(to_dlpack(_lines(x.detach())), to_dlpack(out), dropout, seed & (2**64 - 1))
+        return out
+    mask = keep_mask(x.shape[0], x.shape[1], dropout, seed, x.device)
+    return out.copy_(torch.where(mask, x * (1 / (1 - dropout)), 0.0))
 
 
 def _lines(x: Tensor) -> Tensor:
@@ -384,9 +390,13 @@ def _backward(
             _times(dy, weight, dx, True, ds, a)
         elif isinstance(weight, Tensor):
             mm(dy, weight, out=dx)
-            dx += _dropped(mm(ds, a), dropout, seed).to(dx.dtype)
+            update = mm(ds, a)
+            dx += _dropped(update, dropout, seed, out=update).to(dx.dtype)
+            del update
         else:
-            dx.copy_(_times(dy, weight, _dropped(mm(ds, a), dropout, seed), True, accumulate=True))
+            update = mm(ds, a)
+            dx.copy_(_times(dy, weight, _dropped(update, dropout, seed, out=update), True, accumulate=True))
+            del update
     if needs[1]:
         assert isinstance(weight, Tensor)
         dweight = mm(dy.t(), x, out=torch.empty_like(weight))
@@ -429,6 +439,27 @@ class _Eager(torch.autograd.Function):
             dweight if wants_weight else None, *(None,) * (tensors - 1),
             *(g if want else None for g, want in zip(db, wants_b, strict=True)),
         )  # fmt: skip
+
+
+@torch.library.custom_op("enginepost::lora_dropout", mutates_args=())
+def _dropout_op(x: Tensor, dropout: float, seed: int) -> Tensor:
+    return _dropped(x, dropout, seed)
+
+
+@_dropout_op.register_fake
+def _(x: Tensor, dropout: float, seed: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _dropout_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.dropout, ctx.seed = inputs[1:]
+
+
+def _dropout_grad(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    return torch.ops.enginepost.lora_dropout(dy, ctx.dropout, ctx.seed), None, None
+
+
+_dropout_op.register_autograd(_dropout_grad, setup_context=_dropout_setup)
 
 
 @torch.library.custom_op("enginepost::lora_linear", mutates_args=())

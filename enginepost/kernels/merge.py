@@ -33,6 +33,7 @@ LOW_BITS = 15
 RANK_SLOTS = 1024  # of the magnitudes of a row, 64 an octave
 _SAMPLED = 256  # elements in a run that magnitude_counts looks at
 MAX_INPUTS = 64  # of the native kernels
+MAX_WINDOWS = 2  # likewise
 
 _M32 = np.uint32(0xFFFFFFFF)
 

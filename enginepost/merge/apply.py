@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from enginepost.device import choose
+from enginepost.kernels import backend
+from enginepost.kernels.merge import MAX_INPUTS
 from enginepost.merge import elements, sums, task_vectors  # noqa: F401  (they register the methods)
 from enginepost.merge.registry import REQUIRED, MergeError, Method, find, suggest
-from enginepost.merge.tensors import CHUNK, Inputs
+from enginepost.merge.tensors import CHUNK, CPU, Inputs
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -26,6 +29,7 @@ def merge_tensors(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     chunk: int = CHUNK,
+    device: torch.device | str | None = None,
     **parameters: Any,
 ) -> Any:
     """Merge arrays of one shape by a named method.
@@ -37,12 +41,14 @@ def merge_tensors(
         name: with `seed`, the key of the random masks.
         dtype: of the result; by default the widest of the inputs.
         chunk: elements worked on at a time; the result does not depend on it.
+        device: where the arithmetic is done: "cpu", "cuda", "cuda:1" or "auto"; by default where the first tensor lies. Methods
+            that work row by row or are made of torch's operations, and float64, go to the CPU. The bits are the same.
         parameters: the method's. Per-model ones as a list, or one value for all. (`lambda` is a keyword of Python: pass
             `**{"lambda": 0.5}`.)
     Returns:
-        A torch tensor, or a numpy array if the first input is one.
+        A torch tensor on the device of the first, or a numpy array if that is one.
     Raises:
-        MergeError: an unknown method or parameter, or inputs that do not fit together.
+        MergeError: an unknown method or parameter, or inputs that do not fit together. EnginepostError: a device that is not here.
     """
     given = [t for t in (*tensors, *([] if base is None else [base]))]
     if not given:
@@ -57,7 +63,7 @@ def merge_tensors(
             raise MergeError(
                 f"merge_tensors: {which} has shape {list(t.shape)}, and tensors[0] {list(arrays[0].shape)}; they must be equal."
             )
-    arrays = [t.detach().cpu() for t in arrays]
+    arrays = [t.detach() for t in arrays]
     chosen = find(method, "merge_tensors")
     models, base_tensor = arrays[: len(tensors)], arrays[-1] if base is not None else None
     if chosen.base == "ignored" and base_tensor is not None:
@@ -69,14 +75,21 @@ def merge_tensors(
         for t in arrays:
             dtype = torch.promote_types(dtype, t.dtype)
     inputs = prepare(chosen, Inputs(name, models, base_tensor, seed=seed, chunk=chunk), p)
-    out = torch.empty(inputs.numel, dtype=dtype)
-    with one_thread():
+    place(chosen, inputs, p, _chosen(device, arrays[0]))
+    out = torch.empty(inputs.numel, dtype=dtype, device=arrays[0].device)
+    with one_thread(inputs.device):
         if chosen.whole_model(p) and chosen.survey is not None:
             inputs.shared = chosen.survey([(inputs, p)])
         for start, piece in merged_chunks(chosen, inputs, p, dtype):
             out[start : start + piece.numel()] = piece
     out = out.view(inputs.shape)
     return out.numpy() if isinstance(given[0], np.ndarray) else out
+
+
+def _chosen(device: torch.device | str | None, first: Tensor) -> torch.device:
+    if device is not None:
+        return choose(str(device))
+    return first.device if first.is_cuda and backend.info()["cuda"] else CPU
 
 
 def check_count(method: Method, models: int, base: bool, where: str) -> None:
@@ -108,6 +121,9 @@ def complete(method: Method, given: Mapping[str, Any], models: int, where: str) 
         if len(values) != models:
             raise MergeError(f"{where}: {parameter.name} has {len(values)} values for {models} models.")
         p[parameter.name] = [parameter.check(v, where) for v in values]
+    wrong = method.refuse(p)
+    if wrong:
+        raise MergeError(f"{where}: {wrong}.")
     return p
 
 
@@ -118,6 +134,14 @@ def prepare(method: Method, inputs: Inputs, p: Mapping[str, Any]) -> Inputs:
     return inputs
 
 
+def place(method: Method, inputs: Inputs, p: Mapping[str, Any], device: torch.device) -> Inputs:
+    """Send the chunks to a device, if the kernels there take method and dtypes; to the CPU otherwise."""
+    tensors = [*inputs.models, *([] if inputs.base is None else [inputs.base])]
+    taken = all(t.dtype in backend.GPU_FLOATS for t in tensors) and len(tensors) <= MAX_INPUTS
+    inputs.device = device if method.gpu(p) and taken else CPU
+    return inputs
+
+
 def merged_chunks(
     method: Method,
     inputs: Inputs,
@@ -125,7 +149,8 @@ def merged_chunks(
     dtype: torch.dtype,
     seen: Callable[[Any], None] = lambda chunk: None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """(element offset, piece of the result in `dtype`) one after the other; `seen` gets each chunk before it is combined."""
+    """(element offset, piece of the result in `dtype`, where the chunks are) one after the other; `seen` gets each chunk before
+    it is combined."""
     if inputs.numel == 0:
         return
     facts = method.reduce(inputs, p) if method.reduce is not None else None
@@ -136,15 +161,16 @@ def merged_chunks(
             method.combine(chunk, p, facts, out)
         else:
             out = method.combine(chunk, p, facts).reshape(-1).to(dtype)
-        yield chunk.start, out.cpu()
+        yield chunk.start, out
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """torch's sums depend on its thread count; a merge has its own threads, one tensor each."""
+def one_thread(device: torch.device = CPU) -> Iterator[None]:
+    """torch's sums depend on its thread count; a merge has its own threads, one tensor each. A GPU becomes torch's current one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            yield
     finally:
         torch.set_num_threads(threads)

@@ -85,7 +85,8 @@ def _sce_reduce(inputs: Inputs, p: Params) -> dict[str, Any]:
             for at in range(0, d.numel(), BLOCK):
                 squares[i] += float(np.sum(np.square(d[at : at + BLOCK].double().numpy())))
     mean = squares / max(1, inputs.numel)
-    facts["weights"] = (mean / mean.sum() if mean.sum() >= 1e-6 else np.full(len(mean), 1 / len(mean))).tolist()
+    with np.errstate(invalid="ignore"):  # infinite inputs are found and named afterwards
+        facts["weights"] = (mean / mean.sum() if mean.sum() >= 1e-6 else np.full(len(mean), 1 / len(mean))).tolist()
     return facts
 
 

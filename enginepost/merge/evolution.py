@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,17 @@ import torch
 
 from enginepost.checkpoint import write_bytes, write_json
 from enginepost.checkpoint.atomic import make_directory
+from enginepost.device import choose
 from enginepost.generate.language_model import LanguageModel
 from enginepost.merge.apply import merged_chunks, one_thread
-from enginepost.merge.executor import Limits, limits, survey
+from enginepost.merge.executor import Limits, inputs_of, limits, pool_of, survey
 from enginepost.merge.fitness import scores
 from enginepost.merge.models import Model, locate, open_model
 from enginepost.merge.plan import Task, make_tasks
 from enginepost.merge.recipe import ModelRef, Recipe, parse_recipes
 from enginepost.merge.registry import MergeError
 from enginepost.merge.search_space import Space, read_space
+from enginepost.merge.tensors import CPU
 
 RECORD, BEST, PLOT = "evolve.json", "best.yaml", "progress.svg"
 
@@ -38,7 +39,7 @@ RECORD, BEST, PLOT = "evolve.json", "best.yaml", "progress.svg"
 @dataclass
 class EvolveReport:
     """best, held_out: scores of the best candidate. recipe: its file. baselines: {model: (fitness, held-out score)}. data: which
-    data the scores used."""
+    data the scores used. devices: where candidates were scored."""
 
     directory: Path
     best: float
@@ -48,6 +49,7 @@ class EvolveReport:
     data: str
     seed: int
     baselines: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+    devices: list[str] = field(default_factory=list)
 
     def text(self) -> str:
         def shown(pair: tuple[float, float | None]) -> str:
@@ -55,6 +57,8 @@ class EvolveReport:
 
         lines = [self.data, f"best of {self.evaluations} candidates: {shown((self.best, self.held_out))}"]
         lines += [f"  {name}: {shown(pair)}" for name, pair in self.baselines.items()]
+        if len(self.devices) > 1:
+            lines.append(f"note: candidates were scored on {' and on '.join(self.devices)}, which round otherwise")
         lines.append(f"next: enginepost merge {self.recipe} OUT --seed {self.seed}")
         return "\n".join(lines)
 
@@ -67,6 +71,7 @@ def evolve(
     seed: int | None = None,
     threads: int | None = None,
     memory: float = 512e6,
+    device: str = "cpu",
     progress: Callable[[int, int, float, float], None] | None = None,
 ) -> EvolveReport:
     """Search for the merge with the best fitness.
@@ -75,6 +80,8 @@ def evolve(
         search: the YAML of the search (see search_space.py).
         out: directory of the record; an existing one of the same search is resumed.
         budget, seed: instead of the file's. A larger budget goes on where a finished search ended.
+        device: "cpu", "cuda", "cuda:1" or "auto": where the model lies, is merged into and is scored. Scores of a GPU are rounded
+            otherwise than those of the CPU, merges are not.
         progress: called after every candidate with (done, budget, its fitness, the best so far).
     Raises: MergeError for a search, models or data that will not do.
     """
@@ -84,9 +91,10 @@ def evolve(
     space.budget = budget or space.budget
     space.seed = space.seed if seed is None else seed
     out = Path(os.path.abspath(out))
-    merger = _Merger(space, threads, memory)
+    where = choose(device)
+    merger = _Merger(space, threads, memory, where)
     score, held_score, told = scores(space, merger.donor.directory)
-    record = _open_record(out, space, told)
+    record = _open_record(out, space, told, where)
     history: list[dict[str, Any]] = record["history"]
     if not record["baselines"]:
         for ref, model in merger.models.items():
@@ -130,7 +138,7 @@ def evolve(
     write_bytes(out / BEST, best["recipe"].encode())
     baselines = {name: (pair[0], pair[1]) for name, pair in record["baselines"].items()}
     return EvolveReport(
-        out, best["fitness"], best.get("held_out"), out / BEST, len(history), told, space.seed, baselines
+        out, best["fitness"], best.get("held_out"), out / BEST, len(history), told, space.seed, baselines, record["devices"]
     )  # fmt: skip
 
 
@@ -155,8 +163,8 @@ def _evaluate(
 class _Merger:
     """The opened inputs, and one model whose weights every merge overwrites."""
 
-    def __init__(self, space: Space, threads: int | None, memory: float) -> None:
-        self.space, self.threads, self.memory = space, threads, memory
+    def __init__(self, space: Space, threads: int | None, memory: float, device: torch.device = CPU) -> None:
+        self.space, self.threads, self.memory, self.device = space, threads, memory, device
         self.recipe = self.parse(space.recipe(np.full(space.genes, 0.5)))
         self.models: dict[ModelRef, Model] = {}
         for ref in self.recipe.references():
@@ -171,7 +179,7 @@ class _Merger:
         from enginepost.model import load_model
 
         _check_architectures(self.recipe, self.models)
-        net = load_model(self.donor.directory, dtype=getattr(torch, space.dtype))
+        net = load_model(self.donor.directory, dtype=getattr(torch, space.dtype), device=device)
         self.model = LanguageModel(net, self.donor.directory)
         self.places = net.checkpoint_tensors()
 
@@ -182,15 +190,14 @@ class _Merger:
         """Merge a recipe into the model, the same bits that `enginepost merge` writes."""
         recipe = self.parse(text)
         tasks = [task for task in make_tasks(recipe, self.models, {}) if task.name in self.places]
-        limit = limits(recipe, tasks, self.threads, self.memory)
+        limit = limits(recipe, tasks, self.threads, self.memory, self.device)
         shared = survey(recipe, tasks, limit, self.space.seed)
-        with one_thread(), ThreadPoolExecutor(limit.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with one_thread(), pool_of(limit) as pool:
             list(pool.map(lambda task: self._tensor(recipe, task, limit, shared), tasks))
 
-    def _tensor(self, recipe: Recipe, task: Task, limit: Limits, shared: Mapping[str, Any]) -> None:
+    def _tensor(self, recipe: Recipe, task: Task, limit: Limits, shared: dict[str, Any]) -> None:
         flat = self.places[task.name].view(-1)
-        inputs = task.inputs(recipe, self.space.seed, limit.chunk)
-        inputs.shared, inputs.spare = dict(shared), limit.spare
+        inputs = inputs_of(recipe, task, limit, self.space.seed, shared)
         for start, piece in merged_chunks(recipe.method, inputs, task.parameters, task.dtype):
             flat[start : start + piece.numel()].copy_(piece)
 
@@ -200,7 +207,7 @@ class _Merger:
             place.copy_(model.checkpoint.tensor(name))
 
 
-def _open_record(out: Path, space: Space, told: str) -> dict[str, Any]:
+def _open_record(out: Path, space: Space, told: str, device: torch.device) -> dict[str, Any]:
     """The record so far, or a new one."""
     says = {"search": space.text, "seed": space.seed, "data": told}
     path = out / RECORD
@@ -208,13 +215,14 @@ def _open_record(out: Path, space: Space, told: str) -> dict[str, Any]:
         if out.exists() and any(out.iterdir()):
             raise MergeError(f"{out}: exists, is not empty and has no {RECORD}; name a new directory.")
         make_directory(out)
-        return {**says, "baselines": {}, "history": []}
+        return {**says, "devices": [device.type], "baselines": {}, "history": []}
     record = json.loads(path.read_text(encoding="utf-8"))
     for key, value in says.items():
         if record.get(key) != value:
             raise MergeError(
                 f"{path}: is of another search (its {key} differs); use a new directory, or the file as it was."
             )
+    record["devices"] = sorted({*record.get("devices", []), device.type})
     return dict(record)
 
 

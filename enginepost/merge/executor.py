@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -18,15 +17,14 @@ from typing import Any
 import torch
 import xxhash
 
-from enginepost.kernels import backend
 from enginepost.kernels import merge as kernel
 from enginepost.kernels.merge import BLOCK
-from enginepost.merge.apply import merged_chunks, one_thread
+from enginepost.merge.apply import merged_chunks, one_thread, place
 from enginepost.merge.output import Output
 from enginepost.merge.plan import Read, Task
 from enginepost.merge.recipe import Recipe
 from enginepost.merge.registry import MergeError
-from enginepost.merge.tensors import CHUNK, Chunk, Inputs
+from enginepost.merge.tensors import CHUNK, CPU, Chunk, Inputs
 
 Progress = Callable[[int, int, str], None]  # bytes of output finished, bytes in all, tensor just finished
 
@@ -39,16 +37,11 @@ class Limits:
     threads: int
     chunk: int
     spare: float
-    device: str = "cpu"
+    device: torch.device = CPU
 
 
-def limits(recipe: Recipe, tasks: list[Task], threads: int | None, budget: float, device: str = "cpu") -> Limits:
-    """How many threads and what chunk keep private memory within `budget` bytes. Raises MergeError for a device that is not here."""
-    if device not in ("cpu", "cuda"):
-        raise MergeError(f"device {device!r} is not one to merge on; cpu or cuda is.")
-    if device == "cuda" and not (torch.cuda.is_available() and backend.info()["cuda"]):
-        lacks = "this build has no CUDA kernels" if torch.cuda.is_available() else "torch finds no CUDA GPU here"
-        raise MergeError(f"device cuda: {lacks}. Leave it out: the CPU gives the same bits.")
+def limits(recipe: Recipe, tasks: list[Task], threads: int | None, budget: float, device: torch.device = CPU) -> Limits:
+    """How many threads and what chunk keep private memory within `budget` bytes."""
     inputs = max((len(task.models) + 1 for task in tasks), default=1)
     per_element = 8 * inputs + 40  # float32 of inputs and task vectors, and the temporaries of a combination
     widest = max(
@@ -95,7 +88,7 @@ def execute(
                 finished += task.numel * task.dtype.itemsize
                 progress(finished, output.total_size, task.name)
 
-    with one_thread(), ThreadPoolExecutor(limit.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with one_thread(), pool_of(limit) as pool:
         futures = [pool.submit(work, task) for task in waiting]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -106,6 +99,17 @@ def execute(
             future.result()
 
 
+def pool_of(limit: Limits) -> ThreadPoolExecutor:
+    """Threads that work on one tensor each."""
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        if limit.device.type == "cuda":
+            torch.cuda.set_device(limit.device)
+
+    return ThreadPoolExecutor(limit.threads, initializer=begin)
+
+
 def _make(
     recipe: Recipe, task: Task, output: Output, limit: Limits, seed: int, shared: dict[str, Any], stop: threading.Event
 ) -> None:
@@ -114,15 +118,14 @@ def _make(
         read = task.reads[0]
         digest.update(output.write(task.name, 0, read.checkpoint.tensor(read.name).reshape(-1)))
     else:
-        inputs = _placed(recipe, task, limit, seed)
-        inputs.shared, inputs.spare = shared, limit.spare
+        inputs = inputs_of(recipe, task, limit, seed, shared)
 
         def check(chunk: Chunk) -> None:
             if not inputs.finite:
                 _check(task, chunk)
 
         for start, piece in merged_chunks(recipe.method, inputs, task.parameters, task.dtype, check):
-            digest.update(output.write(task.name, start, piece))
+            digest.update(output.write(task.name, start, piece.cpu()))
             if stop.is_set():
                 return
     output.finish(task.name, digest.hexdigest())
@@ -130,13 +133,10 @@ def _make(
         read.checkpoint.drop(read.name)
 
 
-def _placed(recipe: Recipe, task: Task, limit: Limits, seed: int) -> Inputs:
-    """The inputs of a task, on the GPU where its kernels take method and dtypes."""
-    inputs = task.inputs(recipe, seed, limit.chunk)
-    tensors = [*inputs.models, *([] if inputs.base is None else [inputs.base])]
-    taken = all(t.dtype in backend.GPU_FLOATS for t in tensors) and len(tensors) <= kernel.MAX_INPUTS
-    if recipe.method.gpu(task.parameters) and taken:
-        inputs.device = limit.device
+def inputs_of(recipe: Recipe, task: Task, limit: Limits, seed: int, shared: dict[str, Any]) -> Inputs:
+    """The inputs of a task; `shared`: what `survey` found."""
+    inputs = place(recipe.method, task.inputs(recipe, seed, limit.chunk), task.parameters, limit.device)
+    inputs.shared, inputs.spare = shared, limit.spare
     return inputs
 
 
@@ -164,8 +164,8 @@ def survey(recipe: Recipe, tasks: list[Task], limit: Limits, seed: int) -> dict[
     whole = [task for task in tasks if not task.copied and method.whole_model(task.parameters)]
     if not whole or method.survey is None:
         return {}
-    with one_thread():
-        facts = method.survey([(_placed(recipe, task, limit, seed), task.parameters) for task in whole])
+    with one_thread(limit.device):
+        facts = method.survey([(inputs_of(recipe, task, limit, seed, {}), task.parameters) for task in whole])
     for task in whole:
         for read in task.reads:
             read.checkpoint.drop(read.name)
@@ -188,14 +188,14 @@ class Bar:
         columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, transient=False)
         self._task = self._bar.add_task("merging", total=None)
-        self.started = time.perf_counter()
 
     def __enter__(self) -> Bar:
-        self._bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.stop()
+        if self._bar.live.is_started:
+            self._bar.stop()
 
     def __call__(self, done: int, total: int, name: str) -> None:
+        self._bar.start()  # with the first tensor, so that an error before it stands alone
         self._bar.update(self._task, completed=done, total=total)

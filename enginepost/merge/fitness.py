@@ -23,6 +23,7 @@ import torch
 
 from enginepost.data import Tokenizer, collate, plan_batches, prepare
 from enginepost.data.prompts import load_prompts
+from enginepost.device import placed
 from enginepost.generate.language_model import LanguageModel
 from enginepost.kernels.linear_logprob import linear_logprob
 from enginepost.merge.registry import MergeError
@@ -88,7 +89,7 @@ def _loss(model: LanguageModel, rows: list[Any], fitness: Fitness) -> float:
     total, count = 0.0, 0
     net = model.model
     for members in plan_batches(np.array([len(r.ids) for r in rows]), batch_size=4, max_length=fitness.max_length):
-        batch = collate([rows[i] for i in members])
+        batch = placed(collate([rows[i] for i in members]), net.device)
         hidden = net.hidden(batch.ids, batch.cu_seqlens, batch.positions)
         logprob = linear_logprob(hidden, net.head_table, batch.targets, softcap=net.spec.final_softcap)[0]
         total -= logprob.double().sum().item()

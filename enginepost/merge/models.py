@@ -64,6 +64,10 @@ def _find(path: str, revision: str | None, recipe_file: str, earlier: Mapping[st
         return earlier[path]
     places = [Path(path).expanduser(), Path(recipe_file).parent / path]
     for place in places:
+        if place.exists() and revision is not None:
+            raise MergeError(
+                f"{recipe_file}: {path}@{revision}: {place} is a directory here, which has no revisions. Leave @{revision} out."
+            )
         if place.exists():
             return place
     cached = _hub_cache(path, revision)
@@ -72,7 +76,9 @@ def _find(path: str, revision: str | None, recipe_file: str, earlier: Mapping[st
     hint = f" If it is a model of the Hugging Face hub, fetch it first: huggingface-cli download {path}." * (
         path.count("/") == 1
     )
-    raise MergeError(f"{recipe_file}: there is no model {path!r} here (looked for {places[0]} and {places[1]}).{hint}")
+    raise MergeError(
+        f"{recipe_file}: there is no model {path!r} here (looked for {' and '.join(dict.fromkeys(str(p) for p in places))}).{hint}"
+    )
 
 
 def _hub_cache(path: str, revision: str | None) -> Path | None:

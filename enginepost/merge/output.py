@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -21,8 +22,8 @@ from typing import Any
 import torch
 import xxhash
 
-from enginepost.checkpoint.atomic import check_space, make_directory, sync_directory, write_json
-from enginepost.checkpoint.format import TensorInfo, make_header
+from enginepost.checkpoint.atomic import check_space, make_directory, sync_directory, write_bytes, write_json
+from enginepost.checkpoint.format import CheckpointError, TensorInfo, make_header
 from enginepost.checkpoint.reader import INDEX, SINGLE
 from enginepost.checkpoint.writer import plan_shards
 from enginepost.merge.registry import MergeError
@@ -30,7 +31,7 @@ from enginepost.merge.registry import MergeError
 JOURNAL = "journal.jsonl"
 
 
-class DiskError(MergeError):
+class DiskError(MergeError, CheckpointError):
     """The output could not be written; what is finished stays, for the same merge to go on."""
 
 
@@ -58,13 +59,14 @@ class Output:
         self.done: dict[str, str] = {}
         self._lock = threading.Lock()
         self._files: dict[str, int] = {}
+        self._journal = -1
         self._place: dict[str, tuple[int, TensorInfo]] = {}
         self.layout = plan_shards(tensors, shard_bytes)
         metadata = {"format": "pt"}
         headers = {
             file: make_header({name: tensors[name] for name in names}, metadata) for file, names in self.layout.items()
         }
-        sizes = {
+        self._sizes = sizes = {
             file: max((i.end for i in infos.values()), default=len(head)) for file, (head, infos) in headers.items()
         }
         self.total_size = sum(i.end - i.begin for _, infos in headers.values() for i in infos.values())
@@ -86,12 +88,15 @@ class Output:
                     self._place[name] = (handle, info)
             if resumed and earlier:
                 self.done = {name: digest for name, digest in earlier.items() if self._digest(name) == digest}
-            self._journal = open(self.partial / JOURNAL, "w", encoding="utf-8")
-            self._note({"fingerprint": fingerprint})
-            for name, digest in self.done.items():
-                self._note({"tensor": name, "xxh3_128": digest})
+            lines = [{"fingerprint": fingerprint}, *({"tensor": n, "xxh3_128": d} for n, d in self.done.items())]
+            write_bytes(self.partial / JOURNAL, "".join(json.dumps(line) + "\n" for line in lines).encode())
+            self._journal = os.open(self.partial / JOURNAL, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         except OSError as error:
+            self.release()
             raise self._explain(error) from None
+        except BaseException:
+            self.release()
+            raise
 
     def write(self, name: str, start: int, piece: torch.Tensor) -> memoryview:
         """Write elements from `start` on; returns their bytes."""
@@ -105,9 +110,14 @@ class Output:
         return data
 
     def finish(self, name: str, digest: str) -> None:
-        with self._lock:
-            self.done[name] = digest
-            self._note({"tensor": name, "xxh3_128": digest})
+        line = (json.dumps({"tensor": name, "xxh3_128": digest}) + "\n").encode()
+        try:
+            with self._lock:
+                while line:
+                    line = line[os.write(self._journal, line) :]
+                self.done[name] = digest
+        except OSError as error:
+            raise self._explain(error) from None
 
     def close(self) -> None:
         """Bring the weights to the disk and write the index; the directory is not yet renamed."""
@@ -123,25 +133,24 @@ class Output:
 
     def publish(self) -> None:
         """Rename the finished directory to its place."""
-        (self.partial / JOURNAL).unlink()
-        sync_directory(self.partial)
         try:
+            sync_directory(self.partial)
             os.rename(self.partial, self.directory)  # onto nothing or an empty directory
+            (self.directory / JOURNAL).unlink()
             sync_directory(self.directory.parent)
         except OSError as error:
-            raise MergeError(f"{self.directory}: cannot be put in place: {error.strerror}.") from None
+            raise DiskError(
+                f"{self.directory}: cannot be put in place: {error.strerror}. It is whole in {self.partial}."
+            ) from None
 
     def release(self) -> None:
         """Close the files; what was written stays for a later resume."""
         for handle in self._files.values():
             os.close(handle)
         self._files.clear()
-        if hasattr(self, "_journal"):
-            self._journal.close()
-
-    def _note(self, line: Mapping[str, Any]) -> None:
-        self._journal.write(json.dumps(line) + "\n")
-        self._journal.flush()
+        if self._journal >= 0:
+            os.close(self._journal)
+            self._journal = -1
 
     def _digest(self, name: str) -> str:
         handle, info = self._place[name]
@@ -157,13 +166,21 @@ class Output:
             data, offset = data[count:], offset + count
 
     def _explain(self, error: OSError) -> DiskError:
+        kept = (
+            f"{len(self.done)} of {len(self._place)} tensors are finished and kept" if self.done else "nothing was kept"
+        )
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return DiskError(
-                f"{self.directory}: the disk is full ({self.total_size / 1e9:.2f} GB of weights are to be written). Free some "
-                "space and run the same merge again: finished tensors are kept. Or delete the directory "
-                f"{self.partial} and write to another disk."
+                f"{self.directory}: the disk is full ({self.total_size / 1e9:.2f} GB of weights are to be written; {kept}). "
+                f"Free some space and run the same merge again, or delete {self.partial} and write to another disk."
             )
-        return DiskError(f"{self.partial}: cannot be written: {error.strerror}.")
+        if error.errno == errno.EFBIG:
+            largest = max(self._sizes.values())
+            return DiskError(
+                f"{self.directory}: the file system, or a limit of this process (ulimit -f), takes no file of "
+                f"{largest / 1e9:.2f} GB. Write smaller ones with --shard, in GB."
+            )
+        return DiskError(f"{self.partial}: cannot be written: {error.strerror}; {kept}.")
 
 
 def partial_directory(directory: Path) -> Path:
@@ -185,6 +202,39 @@ def read_journal(partial: Path, fingerprint: str) -> dict[str, str] | None:
     if not entries or entries[0].get("fingerprint") != fingerprint:
         return None
     return {entry["tensor"]: entry["xxh3_128"] for entry in entries[1:]}
+
+
+def claim(directory: Path) -> int:
+    """Make the directory in which the merge to `directory` is worked on, locked; the handle holds the lock until it is closed.
+
+    Raises: MergeError where another process has it."""
+    partial = partial_directory(directory)
+    while True:
+        make_directory(partial)
+        handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), os.stat(partial)):
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            raise MergeError(
+                f"{directory}: another process is merging into it. Wait until it is done, or name another directory."
+            ) from None
+        except FileNotFoundError:
+            pass  # another process has just finished or given up
+        except OSError:
+            return handle  # a file system without locks
+        os.close(handle)
+
+
+def clear(partial: Path) -> None:
+    """Remove what an attempt at another merge left there, but for the directory itself, which is locked."""
+    for path in partial.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def discard(directory: Path) -> None:

@@ -476,6 +476,9 @@ def parameters_of(
                 )
                 for s, name in zip(models, names, strict=True)
             ]
+    wrong = recipe.method.refuse(p)
+    if wrong:
+        raise MergeError(f"{piece.where}: {tensor}: {wrong}.")
     return p
 
 

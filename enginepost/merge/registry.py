@@ -91,6 +91,7 @@ class Method:
     rows: given the parameters, whether chunks must hold whole rows; columns: given parameters and shape, the length of a row.
     survey: for what is decided over the whole model: when `whole_model(parameters)` it is called once, before the merge, with
     [(inputs, parameters)] of every tensor; what it returns is each tensor's `inputs.shared`.
+    refuse: given the parameters, each of which is right by itself, what is wrong with them together; None: nothing.
     gpu: given the parameters, whether reduce and combine leave all arithmetic on elements to enginepost.kernels.merge, which takes
     tensors on a GPU and gives the same bits there.
     """
@@ -110,6 +111,7 @@ class Method:
     random: bool = False
     whole_model: Callable[[Mapping[str, Any]], bool] = lambda p: False
     gpu: Callable[[Mapping[str, Any]], bool] = lambda p: False
+    refuse: Callable[[Mapping[str, Any]], str | None] = lambda p: None
 
     def parameter(self, name: str) -> Param:
         for parameter in self.parameters:

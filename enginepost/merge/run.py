@@ -18,16 +18,17 @@ from typing import Any
 
 import torch
 
-from enginepost.checkpoint import Checkpoint, copy_side_files, fuse, write_bytes, write_json
-from enginepost.checkpoint.atomic import make_directory
+from enginepost.checkpoint import Checkpoint, CheckpointError, copy_side_files, fuse, write_bytes, write_json
+from enginepost.checkpoint.atomic import make_directory, readable
+from enginepost.device import choose
 from enginepost.errors import EnginepostError
 from enginepost.merge import card
 from enginepost.merge.executor import Limits, Progress, execute, limits
 from enginepost.merge.models import Model, in_4_bits, locate, open_model, set_layers, text_config
-from enginepost.merge.output import DiskError, Output, discard, partial_directory, read_journal
+from enginepost.merge.output import DiskError, Output, claim, clear, discard, partial_directory, read_journal
 from enginepost.merge.plan import Task, make_tasks
 from enginepost.merge.recipe import ModelRef, Recipe, read_recipes
-from enginepost.merge.registry import MergeError
+from enginepost.merge.registry import METHODS, MergeError
 from enginepost.merge.tokens import read_tokens
 from enginepost.merge.vocabulary import Vocabulary, build, rearrange
 
@@ -59,8 +60,10 @@ class MergeReport:
 
     def text(self, dry_run: bool = False) -> str:
         """A few lines for people."""
-        size = f"{self.tensors} tensors, {self.read / 1e9:.2f} GB in, {self.written / 1e9:.2f} GB out"
-        work = f"{self.method} of {', '.join(self.models)}: {size}"
+        work = f"{self.method} of {', '.join(self.models)}"
+        if not self.tensors:  # the notes say why
+            return f"{self.directory}: {work}"
+        work += f": {self.tensors} tensors, {readable(self.read)} in, {readable(self.written)} out"
         if not dry_run:
             kept = f", {self.resumed} tensors kept from an earlier attempt" if self.resumed else ""
             rate = (
@@ -70,10 +73,15 @@ class MergeReport:
             )
             return f"{self.directory}: {work}{rate}{kept}"
         lines = [f"would write {self.directory}: {work}, {self.threads} threads, chunks of {self.chunk} elements"]
+        usual = {p.name: p.default for p in METHODS[self.method].parameters}
         for task in self.tasks[:: max(1, len(self.tasks) // 8)]:
-            lines.append(
-                f"  {task.name} {list(task.shape)} {str(task.dtype).removeprefix('torch.')}  {task.parameters}"
-            )
+            set_here = [
+                f"{name} {value}"
+                for name, value in task.parameters.items()
+                if any(v != usual[name] for v in (value if isinstance(value, list) else [value]))
+            ]
+            dtype = str(task.dtype).removeprefix("torch.")
+            lines.append(f"  {task.name} {list(task.shape)} {dtype}  {', '.join(set_here)}".rstrip())
         return "\n".join(lines)
 
 
@@ -102,18 +110,20 @@ def merge(
         dry_run: check and plan, write nothing.
         dequantize: take inputs in bitsandbytes' 4 bits as the numbers that their codes stand for (a copy of each beside OUT, removed
             at the end); without it they are refused, for their rounding errors add up.
-        device: "cuda": weighted sums and task vectors on the GPU, with the bits of the CPU; methods that work row by row or choose
-            element by element stay on the CPU.
+        device: "cuda", "cuda:1" or "auto" (a GPU whose kernels pass their tests): weighted sums and task vectors are made on the
+            GPU, with the bits of the CPU; methods that work row by row or choose element by element stay on the CPU.
         progress: called after every tensor with (bytes done, bytes in all, tensor name).
     Returns:
         One report a document, in the order they were made.
     Raises:
         MergeError, CheckpointError: whatever will not do, before the first byte of output where it can be known.
+        EnginepostError: a device that is not here.
 
     A merge that was interrupted goes on where it was when it is started again. The result is the same to the last bit for any number
     of threads, any memory and any interruption.
     """
     out = Path(os.path.abspath(out))
+    where = choose(device)
     recipes = read_recipes(Path(recipe))
     final = _final(recipes, str(recipe))
     parts = out.with_name(out.name + ".parts")
@@ -123,7 +133,7 @@ def merge(
         directory = out if document is final else parts / str(document.name)
         if dry_run and any(ref.path in earlier for ref in document.references()):
             document.notes.append(
-                "uses an earlier merge of this file, which a dry run does not make; not checked further."
+                f"{directory} uses an earlier merge of this file, which a dry run does not make; it is not checked further."
             )
             reports.append(
                 MergeReport(
@@ -150,7 +160,7 @@ def merge(
                 shard_bytes,
                 dry_run,
                 dequantize,
-                device,
+                where,
                 progress,
             )
             reports.append(one)
@@ -175,15 +185,14 @@ def _final(recipes: list[Recipe], file: str) -> Recipe:
 
 def _merge_one(
     recipe: Recipe, directory: Path, earlier: Mapping[str, Path], out: Path, seed: int, threads: int | None, memory: float,
-    shard_bytes: float, dry_run: bool, dequantize: bool, device: str, progress: Progress | None,
+    shard_bytes: float, dry_run: bool, dequantize: bool, device: torch.device, progress: Progress | None,
 ) -> MergeReport:  # fmt: skip
     started = time.perf_counter()
     places = {ref: locate(ref, recipe.file, earlier) for ref in recipe.references()}
     fingerprint = _fingerprint(recipe, places, seed, shard_bytes)
-    if directory is not out and _made(directory, fingerprint):
-        return MergeReport(
-            directory, recipe.method.name, [str(r) for r in places], 0, 0, 0, 0, 0, notes=["was there already"]
-        )
+    if _made(directory, fingerprint):
+        note = f"{directory} was there already: the same recipe, options and inputs. Nothing was done."
+        return MergeReport(directory, recipe.method.name, [str(r) for r in places], 0, 0, 0, 0, 0, notes=[note])
     _check_output(directory, places, dry_run)
     if dequantize and not dry_run:
         copies = _dequantized(places, directory.with_name(f".{directory.name}.dequantized-{fingerprint[:12]}"), recipe)
@@ -219,7 +228,7 @@ def _dequantized(
 
 def _merge_opened(
     recipe: Recipe, places: Mapping[ModelRef, tuple[Path, Path | None]], directory: Path, started: float, fingerprint: str,
-    seed: int, threads: int | None, memory: float, shard_bytes: float, dry_run: bool, device: str,
+    seed: int, threads: int | None, memory: float, shard_bytes: float, dry_run: bool, device: torch.device,
     progress: Progress | None,
 ) -> MergeReport:  # fmt: skip
     models = {ref: open_model(ref, place[0]) for ref, place in places.items()}
@@ -230,12 +239,10 @@ def _merge_opened(
         recipe.notes += vocabulary.notes
     template = chat_template(recipe, models)
     partial = partial_directory(directory)
-    if not dry_run:
-        make_directory(directory.parent)
-        if read_journal(partial, fingerprint) is None:
-            discard(directory)
-        make_directory(partial)
+    lock = None if dry_run else claim(directory)
     try:
+        if not dry_run and read_journal(partial, fingerprint) is None:
+            clear(partial)
         models = {
             ref: _with_adapter(model, places[ref][1], partial, dry_run, i)
             for i, (ref, model) in enumerate(models.items())
@@ -264,9 +271,18 @@ def _merge_opened(
             report,
         )
     except EnginepostError as error:
-        if not dry_run and not (isinstance(error, DiskError) and read_journal(partial, fingerprint)):
+        if (
+            isinstance(error, CheckpointError) and read_journal(partial, fingerprint) is not None
+        ):  # it failed to reach the disk
+            if isinstance(error, DiskError):
+                raise
+            raise DiskError(f"{error} Finished tensors are kept: run the same merge again.") from None
+        if not dry_run:
             discard(directory)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
     report.seconds = time.perf_counter() - started
     return report
 

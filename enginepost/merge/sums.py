@@ -49,14 +49,24 @@ def _linear(inputs: Inputs, p: Params) -> list[float]:
     if not p["normalize"]:
         return weights
     total = sum(weights)
-    if total == 0:
-        raise MergeError(f"{inputs.name}: the weights sum to zero, so they cannot be normalised; set normalize: false.")
     return [w / total for w in weights]
+
+
+def _cancel(key: str) -> Any:
+    """Refuses weights that are to be normalised, as `key` says, and cannot be."""
+
+    def refuse(p: Params) -> str | None:
+        if not p[key] or sum(p["weight"]) != 0:
+            return None
+        return f"the weights sum to zero, so they cannot be normalised; set {key}: false"
+
+    return refuse
 
 
 method(
     "linear",
     reduce=_linear,
+    refuse=_cancel("normalize"),
     writes=True,
     gpu=lambda p: True,
     parameters=[
@@ -190,6 +200,7 @@ def _multislerp(inputs: Inputs, p: Params) -> list[float]:
 method(
     "multislerp",
     reduce=_multislerp,
+    refuse=lambda p: _cancel("normalize_weights")(p) if len(p["weight"]) > 1 else None,
     writes=True,
     gpu=lambda p: True,
     base="optional",

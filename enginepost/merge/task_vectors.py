@@ -49,6 +49,7 @@ def _kept_range(p: Params, i: int, n: int) -> tuple[int, int] | None:
 _SAMPLE_FROM = 1 << 21  # elements; above, a sample tells which magnitudes to count closely
 _EVERY = 17  # one run in so many is the sample; odd, so that it comes by all columns
 _WIDEST = 32  # upper halves that a window spans at most
+_INFINITE = 0x7F800000  # bits of infinity; those of NaN are above
 
 
 def _at_places(pieces: list[Inputs], places: Mapping[int, list[int]]) -> dict[int, list[tuple[int, int]]]:
@@ -56,9 +57,11 @@ def _at_places(pieces: list[Inputs], places: Mapping[int, list[int]]) -> dict[in
 
     Counts by the upper halves of the bits say in which window of magnitudes a place lies; one pass then counts that window by all
     bits, and what is below it. In a large tensor the first count is of a sample. Should a place lie outside its window after all,
-    everything of that model is counted once more, without sampling. All models are counted in the same passes."""
+    everything of that model is counted once more, without sampling. All models are counted in the same passes, which also find out
+    whether all differences are finite, and with them the inputs."""
     total = sum(inputs.numel for inputs in pieces)
     found: dict[int, list[tuple[int, int]]] = {}
+    finite: set[int] = set()
     for every in (_EVERY, 1) if total >= _SAMPLE_FROM else (1,):
         left = [model for model in places if model not in found]
         if not left:
@@ -71,11 +74,14 @@ def _at_places(pieces: list[Inputs], places: Mapping[int, list[int]]) -> dict[in
         for model in left:
             upto = np.cumsum(tables[model].sum(0))
             windows[model] = [_window(upto, place, total) for place in places[model]]
-        counts = {model: np.zeros(sum(1 + width for _, width in windows[model]), dtype=np.int64) for model in left}
+        asked = {model: [*windows[model], (_INFINITE, 1)][: kernel.MAX_WINDOWS] for model in left}
+        counts = {model: np.zeros(sum(1 + width for _, width in asked[model]), dtype=np.int64) for model in left}
         for chunk in (chunk for inputs in pieces for chunk in inputs.chunks()):
             for model in left:
-                kernel.window_counts(chunk.models[model], chunk.base, windows[model], counts[model])
+                kernel.window_counts(chunk.models[model], chunk.base, asked[model], counts[model])
         for model in left:
+            if asked[model][-1] == (_INFINITE, 1) and counts[model][-2] == total:
+                finite.add(model)
             here = [
                 _in_window(place, *given)
                 for place, given in zip(places[model], _split(counts[model], windows[model]), strict=True)
@@ -83,6 +89,8 @@ def _at_places(pieces: list[Inputs], places: Mapping[int, list[int]]) -> dict[in
             if None not in here:
                 found[model] = [place for place in here if place is not None]
     assert len(found) == len(places), "a full count misses no place"
+    for inputs in pieces:
+        inputs.finite = len(finite) == len(inputs.models)
     return found
 
 
@@ -157,13 +165,7 @@ def _selects(inputs: Inputs, p: Params, kind: str) -> list[Select]:
         elif kind == "random":
             select = Select("random", density=density, key=inputs.random_key(i))
         else:
-            epsilon = p["epsilon"][i]
-            if density + epsilon >= 1 or density - epsilon <= 0:
-                raise MergeError(
-                    f"{inputs.name}: della draws with probabilities from density - epsilon to density + epsilon, which must lie "
-                    f"between 0 and 1; density is {density} and epsilon {epsilon}."
-                )
-            select = Select("ranked", density=density, epsilon=epsilon, key=inputs.random_key(i))
+            select = Select("ranked", density=density, epsilon=p["epsilon"][i], key=inputs.random_key(i))
         selects.append(select)
     if p["rescale"]:
         _rescale(inputs, p, {i: s for i, s in enumerate(selects) if s.kind not in ("all", "none")})
@@ -189,7 +191,8 @@ def _rescale(inputs: Inputs, p: Params, selects: dict[int, Select]) -> None:
             kernel.masked_sums(chunk.models[i], chunk.base, counting[i], chunk.start, chunk.columns, sums[i])
     inputs.finite = len(sums) == len(inputs.models) and all(np.isfinite(s[0]) for s in sums.values())
     for i, select in selects.items():
-        select.scale = 1.0 if sums[i].min() < 1e-7 else float(sums[i][0] / sums[i][1])
+        before, after = sums[i].tolist()
+        select.scale = 1.0 if min(before, after) < 1e-7 else before / after
 
 
 def _reduce(kind: str, elect: bool) -> Any:
@@ -221,6 +224,16 @@ def _combine(elect: bool) -> Any:
     return combine
 
 
+def _improbable(p: Params) -> str | None:
+    for density, epsilon in zip(p["density"], p["epsilon"], strict=True):
+        if 0 < density < 1 and not (0 < density - epsilon and density + epsilon < 1):
+            return (
+                "della draws with probabilities from density - epsilon to density + epsilon, which must lie between 0 and 1; "
+                f"density is {density} and epsilon {epsilon}"
+            )
+    return None
+
+
 def survey(pieces: list[tuple[Inputs, Params]]) -> dict[str, Any]:
     """Thresholds over the whole model, for trim: model. Every tensor must have the same density (and gamma)."""
     first = pieces[0][1]
@@ -239,7 +252,7 @@ def survey(pieces: list[tuple[Inputs, Params]]) -> dict[str, Any]:
 
 
 _WEIGHT = Param("weight", scope="model", about="multiplies the task vector")
-_DENSITY = Param("density", float, 1.0, scope="model", low=0.0, about="share of elements that stay; 1 = all")
+_DENSITY = Param("density", float, 1.0, scope="model", low=0.0, high=1.0, about="share of elements that stay; 1 = all")
 
 
 def _declare(name: str, kind: str, elect: bool, *, normalize: bool, rescale: bool, paper: str, about: str) -> None:
@@ -280,6 +293,7 @@ def _declare(name: str, kind: str, elect: bool, *, normalize: bool, rescale: boo
             survey=survey if kind == "magnitude" else None,
             whole_model=lambda p: kind == "magnitude" and p["trim"] == "model",
             gpu=lambda p: True,
+            refuse=_improbable if kind == "ranked" else lambda p: None,
         )
     )
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from enginepost.kernels.merge import BLOCK
 
+CPU = torch.device("cpu")
 CHUNK = 1 << 20  # elements, at most: what stays in the caches of a core or two
 
 
@@ -79,7 +80,7 @@ class Inputs:
         chunk: most elements of a chunk.
         spare: bytes that a method may keep between its passes, besides chunks.
         rows: whether chunks hold whole rows; columns: length of a row.
-        device: where chunks go, "cpu" or "cuda".
+        device: where chunks go (`apply.place` says which it may be).
         shared: facts about the whole model that a method asked for (see `Method.survey`).
     finite: whether a reduction has found out that all inputs are finite, which then need not be looked at again.
     """
@@ -94,7 +95,7 @@ class Inputs:
     rows: bool = False
     shared: dict = field(default_factory=dict)
     columns: int = 0
-    device: str = "cpu"
+    device: torch.device = CPU
     finite: bool = False
 
     def __post_init__(self) -> None:

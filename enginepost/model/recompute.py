@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from enginepost.model.pinned import pieces
+
 Kept = Literal["host", "bf16"]
 
 
@@ -56,14 +58,15 @@ class _Away:
     """A tensor in pinned host memory on its way from the device, and later back. The one that went before it comes back after it."""
 
     def __init__(self, x: Tensor) -> None:
-        self._device, self._api = x.device, torch.get_device_module(x.device)
-        self._host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        self._device, self._dtype, self._api = x.device, x.dtype, torch.get_device_module(x.device)
+        self._shape, self._host = x.shape, [torch.empty(n, dtype=x.dtype, pin_memory=True) for n in pieces(x.numel())]
         self._here: Tensor | None = None
         self._arrived: Any = None
         copies = self._copies()
         copies.wait_stream(self._api.current_stream(self._device))
         with self._api.stream(copies):
-            self._host.copy_(x, non_blocking=True)
+            for there, here in zip(self._host, self._parts(x), strict=True):
+                there.copy_(here, non_blocking=True)
         x.record_stream(copies)  # its memory is not given away before the copy is done
         self._before = _LAST.get(self._device)
         _LAST[self._device] = weakref.ref(self)
@@ -86,10 +89,14 @@ class _Away:
             return
         copies = self._copies()  # behind the copy that brought it away
         with self._api.stream(copies):
-            self._here = torch.empty(self._host.shape, dtype=self._host.dtype, device=self._device)
-            self._here.copy_(self._host, non_blocking=True)
+            self._here = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+            for here, there in zip(self._parts(self._here), self._host, strict=True):
+                here.copy_(there, non_blocking=True)
             self._arrived = self._api.Event()
             self._arrived.record(copies)
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x.view(-1).split([len(buffer) for buffer in self._host])
 
     def _copies(self) -> Any:
         if self._device not in _STREAMS:

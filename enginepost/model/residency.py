@@ -53,7 +53,7 @@ def place(
     files = {piece.file for layout in layouts for piece in layout.pieces}
     sources = {file: Source(file) for file in sorted(files)}
     for block in blocks:
-        _forget(block)
+        forget(block)
     if weights == "disk":
         stream = Stream(blocks, layouts, lambda i, blob: layouts[i].read(sources, blob), device, slots)
         weakref.finalize(stream, _close, sources)
@@ -134,7 +134,7 @@ def _close(sources: Mapping[Path, Source]) -> None:
         source.close()
 
 
-def _forget(block: nn.Module) -> None:
+def forget(block: nn.Module) -> None:
     """Linear layers without a weight: no parameter any more, but an attribute that is set when the weight is there."""
     for linear in block.children():
         if "weight" in linear._parameters:

@@ -69,6 +69,12 @@ class ModelSpec:
         """Read a `config.json`. Raises ConfigError that names the architecture or the key at fault."""
         return _read(config)
 
+    def __hash__(self) -> int:
+        # Of a few fields: the planner looks things up by spec thousands of times, and layers are many.
+        return hash(
+            (self.family, self.vocab_size, self.hidden_size, self.intermediate_size, self.heads, len(self.layers))
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class _Family:

@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from enginepost.plan import workspace
+
 if TYPE_CHECKING:
     from enginepost.plan.memory import Setup
 
@@ -97,20 +99,25 @@ def _linear(tape: Tape, s: "Setup", name: str) -> Held:
     parts = s.ranks.get(name, ())
     total = sum(r for r, _ in parts)
     kept = tape.take(4.0 * total * (inputs + s.tokens) + (4.0 * s.tokens * outputs if s.dora and parts else 0))
+    tape.free(tape.take(workspace.product(s, name, backward=False), "workspace"))
     if parts:
         whole = len(parts) == 1 and parts[0][1] == outputs
         tape.free(tape.take(0 if whole else 4.0 * total * outputs))
         if s.dropout:
-            tape.free(tape.take(16.0 * s.tokens * inputs))
+            tape.free(tape.take(s.tokens * inputs * s.itemsize))
         if s.dora:
             tape.free(tape.take(4.0 * s.tokens * outputs))
     return kept
 
 
-def _chunk(s: "Setup") -> "Setup | None":
-    """The same for one chunk of the MLP; None where it is computed whole."""
-    if s.mlp_chunk is None or s.mlp_chunk >= s.tokens:
-        return None
+def _in_chunks(s: "Setup") -> bool:
+    """Whether the MLP is computed a chunk at a time."""
+    return s.mlp_chunk is not None and s.mlp_chunk < s.tokens
+
+
+def _chunk(s: "Setup") -> "Setup":
+    """The same for one chunk of the MLP."""
+    assert s.mlp_chunk is not None
     return dataclasses.replace(s, tokens=s.mlp_chunk)
 
 
@@ -127,7 +134,6 @@ def _mlp(tape: Tape, s: "Setup") -> tuple[Held, Held, dict[str, Held]]:
 def _chunk_forward(tape: Tape, s: "Setup") -> None:
     """The MLP chunk by chunk, nothing of which is kept."""
     c = _chunk(s)
-    assert c is not None
     gate_up, act, low = _mlp(tape, c)
     tape.free(tape.take(c.tokens * c.spec.hidden_size * c.itemsize))
     tape.free(gate_up, act, *low.values())
@@ -161,7 +167,7 @@ def block_forward(tape: Tape, s: "Setup", again: bool = False) -> tuple[list[Hel
     if spec.post_norm:
         a = (a[0], a[1] + tape.take(h + 4 * tokens)[1])
     middle = tape.take(2 * h + 4 * tokens if spec.pre_norm else h)
-    if _chunk(s) is None:
+    if not _in_chunks(s):
         gate_up, act, mlp = _mlp(tape, s)
         low |= mlp
         m = tape.take(h)
@@ -194,21 +200,22 @@ def _linear_backward(tape: Tape, s: "Setup", name: str, kept: Held) -> None:
     parts = s.ranks.get(name, ())
     total = sum(r for r, _ in parts)
     held = tape.take(4.0 * s.tokens * total * 2 + 4.0 * total * inputs * 2)
+    scratch = tape.take(workspace.product(s, name, backward=True), "workspace")
     if s.dora and parts:
         tape.free(tape.take(12.0 * s.tokens * outputs))
     if s.dropout and parts:
-        tape.free(tape.take(16.0 * s.tokens * inputs))
+        tape.free(tape.take((4.0 if s.itemsize == 4 else 6.0) * s.tokens * inputs))
     if s.full:
         tape.free(tape.take(inputs * outputs * s.itemsize, "gradients"))
     if s.quantize and name in ("qkv", "gate_up") and s.itemsize != 4 and not s.spec.fused_checkpoint:
         tape.free(tape.take(4.0 * s.tokens * inputs))
-    tape.free(held, kept)
+    tape.free(scratch, held, kept)
 
 
 def block_backward(tape: Tape, s: "Setup", kept: _Kept, h: float) -> None:
     """A block's backward pass, after which nothing of it is left. The gradient of its output is the caller's."""
     spec, tokens, e = s.spec, s.tokens, s.itemsize
-    if _chunk(s) is None:
+    if not _in_chunks(s):
         dy = _mlp_backward(tape, s, kept.inner, kept.gate_up, kept.low_rank)
     else:
         dy = _chunk_backward(tape, s, h)
@@ -217,6 +224,7 @@ def block_backward(tape: Tape, s: "Setup", kept: _Kept, h: float) -> None:
     d_attention = tape.take(tokens * spec.heads * spec.head_dim * e)
     _linear_backward(tape, s, "o", kept.low_rank["o"])
     d_qkv = tape.take(tokens * linear_sizes(s)["qkv"][1] * e)
+    tape.free(tape.take(workspace.attention_backward(s), "workspace"))
     tape.free(d_attention, kept.attention, kept.qkv)
     d_turned = tape.take(d_qkv[1])
     tape.free(d_qkv)
@@ -245,7 +253,6 @@ def _chunk_backward(tape: Tape, s: "Setup", h: float) -> Held:
     """The same, chunk by chunk: each is computed once more; the parameters' gradients, of the chunk in their own dtype, add up in
     float32."""
     c = _chunk(s)
-    assert c is not None
     dy = tape.take(h)
     if s.full:
         matrices = [inputs * outputs for name, (inputs, outputs) in linear_sizes(s).items() if name in MLP]
@@ -255,7 +262,7 @@ def _chunk_backward(tape: Tape, s: "Setup", h: float) -> Held:
     sums = tape.take(4.0 * trained, "gradients")
     gate_up, act, low = _mlp(tape, c)
     m = tape.take(c.tokens * c.spec.hidden_size * c.itemsize)
-    dy_chunk = _mlp_backward(tape, dataclasses.replace(c, full=False), act, gate_up, low)
+    dy_chunk = _mlp_backward(tape, dataclasses.replace(c, full=False) if c.full else c, act, gate_up, low)
     of_chunk = tape.take(trained * (s.itemsize if s.full else 4.0), "gradients")
     tape.free(m)
     if s.full and s.itemsize != 4 and s.device == "cpu":  # torch widens what it adds, matrix by matrix

@@ -11,7 +11,6 @@ import re
 from pathlib import Path
 
 from enginepost.errors import EnginepostError
-from enginepost.recipe import memory_size
 
 # name: (GiB, GB/s of its memory, TFLOP/s, GB/s from the host)
 GPUS: dict[str, tuple[float, float, float, float]] = {
@@ -46,6 +45,8 @@ class Machine:
 
 def size(text: str) -> float:
     """Bytes of an amount of memory such as 12GB. Raises EnginepostError for anything else."""
+    from enginepost.recipe import memory_size  # pydantic is in there, which who only counts does not need
+
     nbytes = memory_size(text)
     if nbytes is None:
         raise EnginepostError(f"{text!r} is not an amount of memory; expected one such as 12GB, 512MB or 8GiB")
@@ -54,6 +55,8 @@ def size(text: str) -> float:
 
 def gpu(text: str, host: float | None = None, tflops: float | None = None) -> Machine:
     """A card by name (rtx4090, "RTX 4090"), or one of a size (8GB). Raises EnginepostError that lists the names."""
+    from enginepost.recipe import memory_size
+
     name = re.sub(r"[\s_]|nvidia|geforce", "", text.lower())
     if name not in GPUS and memory_size(text) is not None:
         # Of a size alone: rates of a card of that class.

@@ -22,7 +22,9 @@ import re
 from collections.abc import Mapping
 
 from enginepost.model.layout import block_bytes, layout, match_targets
+from enginepost.model.pinned import pieces, taken
 from enginepost.model.spec import ModelSpec
+from enginepost.plan import workspace
 from enginepost.plan.block import Tape, block_backward, block_forward, kept_bytes, quiet_forward
 
 SMALLEST8 = 4096  # elements from which 8-bit moments are used (kernels/adamw.py)
@@ -206,7 +208,7 @@ def _standing(tape: Tape, s: Setup, states: bool = True) -> None:
     tape.take(3 * 8 * tokens, "batch")
     for rope in spec.ropes:
         tape.take(2 * 4 * tokens * rope.dim // 2, "batch")
-    tape.take(workspace_bytes(s), "workspace")
+    tape.take(workspace.standing(s), "workspace")
 
 
 def weight_bytes(s: Setup) -> tuple[float, float]:
@@ -267,7 +269,6 @@ def _passed(s: Setup, share: float) -> float:
     return head + share * (_gradient_bytes(s) - table - head)
 
 
-@functools.cache
 def total(sizes: tuple[int, ...]) -> int:
     return sum(sizes)
 
@@ -288,25 +289,6 @@ def _state_bytes(s: Setup) -> dict[str, float]:
 
 def _gradient_bytes(s: Setup) -> float:
     return 4.0 * total(trained_sizes(s))
-
-
-def workspace_bytes(s: Setup) -> float:
-    """The largest scratch that a kernel asks for: a thread keeps one, which grows to that (csrc/bindings.cpp)."""
-    spec, tokens = s.spec, s.tokens
-    q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    padded = -(-tokens // 32) * 32
-    head = padded * (spec.hidden_size + 16) * (3 if s.full else 1)
-    attention = tokens * q
-    rows = min(tokens, s.mlp_chunk or tokens)  # of the MLP's products
-    products = (
-        (tokens, spec.hidden_size),
-        (tokens, q + 2 * kv),
-        (tokens, q),
-        (rows, 2 * spec.intermediate_size),
-        (rows, spec.intermediate_size),
-    )
-    packed = max(min(32e6 / 4, n * k) for n, k in products) + s.threads * (3 << 17) / 4 if s.device == "cpu" else 0.0
-    return 4.0 * max(head + s.threads * 1e5, attention + s.threads * 2e5, packed)
 
 
 def _play(tape: Tape, s: Setup, block: int) -> None:
@@ -369,6 +351,7 @@ def _head(tape: Tape, s: Setup, h: float) -> None:
         _divergence(tape, s, h, wide)
     elif not s.full:
         direction = tape.take(wide, "head")
+        tape.free(tape.take(workspace.head(s), "workspace"))
         scaled = tape.take(wide, "head")
         rounded = tape.take(h, "head") if s.itemsize != 4 else tape.take(0, "head")
         tape.free(scaled, direction)
@@ -376,16 +359,18 @@ def _head(tape: Tape, s: Setup, h: float) -> None:
     else:
         dhidden = tape.take(h, "head")
         dweight = tape.take(spec.vocab_size * spec.hidden_size * s.itemsize, "head")
+        tape.free(tape.take(workspace.head(s), "workspace"))
         tape.free(dhidden, dweight)
     tape.free(hidden, rows, table)
 
 
 def _divergence(tape: Tape, s: Setup, h: float, wide: float) -> None:
-    """Of a teacher's distribution, in blocks of the vocabulary (kernels/linear_kl.py): a handful of them at once, and sums."""
+    """Of a teacher's distribution, in blocks of the vocabulary (kernels/linear_kl.py): one a side, one for a gradient in 16 bits
+    or a product that is cut, and sums."""
     block = 4.0 * max(64 * s.tokens, 1 << (20 if s.device == "cpu" else 24))
     theirs = max((o.spec.hidden_size for o in s.others if not o.before), default=0)
     shown = tape.take(s.tokens * theirs * s.itemsize, "head")
-    blocks = tape.take(5 * min(block, 4.0 * s.tokens * s.spec.vocab_size), "head")
+    blocks = tape.take((3 if theirs else 2) * min(block, 4.0 * s.tokens * s.spec.vocab_size), "head")
     table = s.spec.vocab_size * s.spec.hidden_size * s.itemsize if s.full else 0
     sums = tape.take(wide + h + table, "head")
     tape.free(blocks, sums)
@@ -398,12 +383,11 @@ def _host(s: Setup) -> dict[str, float]:
         return {}
     held = {"process": HOST_PROCESS}
     if s.weights == "host":
-        pinned = 1 << (blob_bytes(s) - 1).bit_length()  # torch's allocator of pinned memory rounds up to a power of two
-        held["weights"] = float(pinned * len(s.spec.layers))
+        held["weights"] = float(taken(blob_bytes(s)) * len(s.spec.layers))
     if s.weights == "disk":
-        held["slots"] = weight_bytes(s)[1]
+        held["slots"] = float(min(s.slots, len(s.spec.layers)) * taken(blob_bytes(s)))
     if s.states == "host":
         held |= {item: nbytes for item, nbytes in _state_bytes(s).items() if nbytes}
     if s.checkpointing == "host":
-        held["inputs"] = float(s.tokens * s.spec.hidden_size * s.itemsize * len(s.spec.layers))
+        held["inputs"] = float(len(s.spec.layers) * sum(map(taken, pieces(s.tokens * s.spec.hidden_size * s.itemsize))))
     return held

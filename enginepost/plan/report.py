@@ -108,8 +108,7 @@ class Plan:
             found.append("the time of drawing roll-outs and of scoring them is not in it")
         if self.machine.memory is None:
             return [*found, "how much memory there is, is not known here; say --gpu or --memory to see what fits"]
-        verdict = "fits" if self.fits else "does not fit"
-        found.append(f"{verdict} in {_gb(self.machine.memory)} GB")
+        found.append(self._verdict())
         if self.fits:
             return [*found, *self._limits()]
         if self.change is not None:
@@ -133,6 +132,21 @@ class Plan:
                 f"the longest sequence that any switches allow: {tokens} tokens" + (f", with {keys}" if keys else "")
             )
         return found
+
+    def _verdict(self) -> str:
+        """Whether it fits, and what of it does not."""
+        assert self.machine.memory is not None
+        said = f"in {_gb(self.machine.memory)} GB"
+        if self.fits:
+            return f"fits {said}"
+        short, host = [], sum(self.peak.host.values())
+        if self.peak.total * choose.MARGIN[self.machine.device] > self.machine.memory:
+            near = self.peak.total <= self.machine.memory
+            beside = round(100 * (choose.MARGIN[self.machine.device] - 1))
+            short.append(said + (f", with {beside} % for what is allocated beside it" if near else ""))
+        if self.machine.host is not None and host > self.machine.host:
+            short.append(f"in {_gb(self.machine.host)} GB of host memory, of which it needs {_gb(host)}")
+        return "does not fit " + ", nor ".join(short)
 
     def _limits(self) -> list[str]:
         return [

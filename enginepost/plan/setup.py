@@ -4,7 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from enginepost.model.architectures import architecture, names
+from enginepost.errors import EnginepostError
+from enginepost.model.architectures import architecture
 from enginepost.model.layout import read_config
 from enginepost.model.spec import ModelSpec
 from enginepost.plan.memory import Setup, adapter
@@ -20,9 +21,15 @@ def config_of(model: str) -> dict[str, Any]:
     Raises: EnginepostError when `model` is neither.
     """
     path = Path(model)
-    if path.exists() or model.lower().rpartition("/")[2] not in names():
+    if path.exists():
         return read_config(path)
-    return architecture(model)
+    try:
+        return architecture(model)
+    except EnginepostError as error:
+        names = str(error).partition("; ")[2].partition(" Or give")[0]
+        raise EnginepostError(
+            f"{model} is not a directory; expected a Hugging Face model directory or the name of a public architecture; {names}"
+        ) from None
 
 
 def setup_of(

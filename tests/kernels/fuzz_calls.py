@@ -144,6 +144,36 @@ def matmul(rng):
     return t, {"accumulate": int(rng.integers(2))}, workspace
 
 
+def lora_dropout(rng):
+    dtype, shape = float_dtype(rng), sizes(rng, 2, 300)
+    t = {"x": Array(rng, dtype, shape), "out": Array(rng, dtype, shape)}
+    return t, {"dropout": float(rng.choice([0, 0.1, 0.9])), "seed": int(rng.integers(1 << 62))}, None
+
+
+def linear_kl(rng, function):
+    rows, width, k = sizes(rng, 3, 60)
+    first = int(rng.choice([0, 50]))
+    t = {"u": Array(rng, "f32", [rows, width])}
+    if function == "compare" or rng.integers(2):
+        t["teacher"] = Array(rng, "f32", [rows, width])
+    else:
+        chosen = "dchosen" if function == "gradient" else "chosen"
+        ids = [int(i) for i in rng.permutation(width + 20)[:k] - 10 + first]
+        t |= {
+            "ids": Array(rng, "i64", [rows, min(k, len(ids))], ids),
+            chosen: Array(rng, "f32", [rows, min(k, len(ids))]),
+        }
+    columns = {"scan": {"sums": 5}, "compare": {"norm": 4, "sums": 2}, "gradient": {"state": 5}}[function]
+    t |= {name: Array(rng, "f32", [rows, n]) for name, n in columns.items()}
+    if function == "gradient":
+        t |= {"dkl": Array(rng, "f32", [rows]), "du": Array(rng, float_dtype(rng), [rows, width])}
+    params = {
+        "kind": int(rng.integers(3)), "beta": 0.4, "temperature": float(rng.choice([1, 2])), "softcap": float(rng.choice([0, 20])),
+        "teacher_softcap": 0.0, "first": first,
+    }  # fmt: skip
+    return t, {"params": params}, None
+
+
 def norm(rng, names, backward=False):
     rows, width = sizes(rng, 2, 50)
     dtype, weight = float_dtype(rng), "f32"
@@ -341,10 +371,14 @@ CALLS = {
     "ep_glu_forward": lambda rng: glu(rng, False),
     "ep_glu_backward": lambda rng: glu(rng, True),
     "ep_adamw_step": adamw,
+    "ep_lora_dropout": lora_dropout,
+    "ep_linear_kl_scan": lambda rng: linear_kl(rng, "scan"),
+    "ep_linear_kl_compare": lambda rng: linear_kl(rng, "compare"),
+    "ep_linear_kl_gradient": lambda rng: linear_kl(rng, "gradient"),
     "ep_sum_squares": lambda rng: (
-        {"x": Array(rng, float_dtype(rng), [int(rng.integers(1, 300))])},
+        {"x": Array(rng, float_dtype(rng), [int(rng.choice([5, 300, 40000]))])},
         {"result": Buffer(ctypes.c_double, 1)},
-        None,
+        lambda t: t["x"].shape if len(t["x"].shape) == 1 else None,
     ),
     "ep_adamw8_step": adamw8,
     "ep_paged_attention": paged_attention,

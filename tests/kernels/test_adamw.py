@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from enginepost.kernels.adamw import adamw_step, global_norm, reference_step
-from enginepost.kernels.backend import _core
+from enginepost.kernels.backend import _core, use_backend, use_isa
 
 native = pytest.mark.skipif(_core is None, reason="the native extension is not built")
 SHAPES = [(3, 5), (1,), (0,), (40, 1000), (16385,)]
@@ -125,6 +125,29 @@ def test_global_norm(dtype):
     assert global_norm(tensors) == pytest.approx(exact, rel=1e-6 if dtype != torch.float64 else 1e-12)
     assert global_norm([]) == 0.0
     assert math.isnan(global_norm([torch.tensor([1.0, math.nan]).to(dtype)]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norm_of_every_backend(backend, dtype):
+    """Tails, an address off 16 bytes, several blocks of 16384; CUDA kernels have the bits of the CPU's AVX2."""
+    torch.manual_seed(1)
+    x = torch.randn(40000).to(dtype)
+    tensors = [x[:n] for n in (0, 1, 7, 256, 300, 16384, 40000)] + [x[1:20000]]
+    if dtype == torch.float16 and not backend.gpu:
+        tensors = [t.float() for t in tensors]
+    exact = [t.double().square().sum().sqrt().item() for t in tensors]
+    ours = [global_norm([backend.to(t)]) for t in tensors]
+    assert ours == pytest.approx(exact, rel=1e-7)
+    together = global_norm([backend.to(t) for t in tensors])
+    assert together == pytest.approx(math.hypot(*exact), rel=1e-7)
+    if backend.gpu and dtype != torch.float16 and _core is not None and "avx2" in _core.isas():
+        with use_backend(""), use_isa("avx2"):
+            assert ours == [global_norm([t]) for t in tensors] and together == global_norm(tensors)
+
+
+def test_norm_in_any_order_of_warps(each_schedule):
+    x = torch.randn(20000)
+    each_schedule(lambda: [torch.tensor([global_norm([x]), global_norm([x[3:]])], dtype=torch.float64)])
 
 
 @native

@@ -8,6 +8,8 @@ import torch
 
 from bench.timing import peak_memory
 from enginepost.kernels import linear_kl as module
+from enginepost.kernels import linear_kl_blocks as blocks
+from enginepost.kernels.backend import _core, core, to_dlpack, use_backend
 from enginepost.kernels.linear_kl import linear_kl, reference
 
 KINDS = [dict(kind="forward"), dict(kind="reverse"), dict(kind="js"), dict(kind="js", beta=0.2)]
@@ -18,6 +20,7 @@ OPTIONS = [{}, dict(temperature=2.5), dict(softcap=4.0, teacher_softcap=3.0), di
 def small_blocks(monkeypatch):
     """64 columns to a block: every test crosses several."""
     monkeypatch.setattr(module, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(module, "GPU_BLOCK_ELEMENTS", 1)
 
 
 def inputs(dtype=torch.float64, tokens=5, width=7, vocab=150, teacher_width=11, seed=0):
@@ -115,15 +118,109 @@ def test_gradcheck(kind, k):
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("k", [None, 9])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_against_float64(kind, k, dtype, no_worse):
-    hidden, head, teacher = inputs(dtype, tokens=20, width=40, vocab=500)
-    arguments, weight = {**teacher_of(teacher, k, {}), **kind}, torch.randn(20)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [{}, dict(temperature=0.7, softcap=6.0, teacher_softcap=5.0)], ids=["", "capped"])
+def test_against_float64(kind, k, dtype, options, backend, no_worse):
+    if dtype == torch.float16 and not backend.gpu:
+        pytest.skip("float16 is for GPUs")
+    hidden, head, teacher = inputs(dtype, tokens=20, width=40, vocab=330)
+    arguments, weight = {**teacher_of(teacher, k, options), **kind, **options}, torch.randn(20)
     exact = with_gradients(reference, hidden.double(), head.double(), weight, **double(arguments))
     plain = with_gradients(reference, hidden, head, weight, **arguments)
-    ours = with_gradients(linear_kl, hidden, head, weight, **arguments)
+    there = {name: tuple(backend.to(*x)) if isinstance(x, tuple) else backend.to(x) for name, x in arguments.items()}
+    ours = with_gradients(linear_kl, *backend.to(hidden, head, weight), **there)
     for name, mine, theirs, true in zip(("kl", "dhidden", "dhead"), ours, plain, exact, strict=True):
         no_worse(name, mine, theirs, true, floor=1e-6)
+
+
+def blocks_of(u, t, ids, dchosen, dkl, s, du_dtype, cut):
+    """All that the kernels make of logits u, t `[T, V]`, the vocabulary cut at `cut`: of forward, compare and gradient."""
+    sums, pairs = u.new_empty(len(u), 5), u.new_empty(len(u), 2)
+    chosen = None if ids is None else torch.full(ids.shape, -math.inf, dtype=u.dtype, device=u.device)
+    du = torch.empty(u.shape, dtype=du_dtype, device=u.device)
+    parts = [(0, cut), (cut, u.shape[1])]
+    for v0, v1 in parts:
+        blocks.scan(u[:, v0:v1].clone(), None if t is None else t[:, v0:v1].clone(), ids, chosen, sums, v0, s)
+    state = torch.cat(
+        [sums[:, :1], sums[:, 1:2].log(), sums[:, 2:3], sums[:, 3:4].log(), sums[:, 4:] / sums[:, 3:4]], 1
+    )
+    for v0, v1 in parts:
+        if t is not None:
+            blocks.compare(u[:, v0:v1].clone(), t[:, v0:v1].clone(), state[:, :4].contiguous(), pairs, v0, s)
+        here = u[:, v0:v1].clone()
+        into = here if du_dtype == u.dtype else torch.empty_like(here, dtype=du_dtype)
+        theirs = None if t is None else t[:, v0:v1].clone()
+        rows = state if t is not None else torch.cat([state[:, :2], dkl.unsqueeze(1)], 1)
+        blocks.gradient(here, theirs, ids, dchosen, rows, dkl, into, v0, s)
+        du[:, v0:v1] = into
+    moments = sums[:, 1:2].log() if ids is not None else torch.cat([sums[:, [1, 3]].log(), sums[:, 4:]], 1)
+    return [sums[:, :1], moments, du, *([chosen] if ids is not None else [sums[:, 2:3], pairs])]
+
+
+def block_inputs(width, topk, seed=0):
+    torch.manual_seed(seed)
+    u, t = 3 * torch.randn(3, width), 3 * torch.randn(3, width)
+    ids = torch.stack([torch.randperm(width)[: min(width, 40)] for _ in range(3)])
+    ids[:, 1::7] = -1
+    return u, None if topk else t, ids if topk else None, torch.randn(ids.shape) if topk else None, torch.randn(3)
+
+
+@pytest.mark.parametrize("kind", ["forward", "reverse", "js", "top-k"])
+@pytest.mark.parametrize("width, cut", [(2, 1), (70, 64), (2300, 3), (5000, 4900)])
+@pytest.mark.parametrize("du_dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_every_width(backend, kind, width, cut, du_dtype, no_worse):
+    """Rows that one warp and several warps share, tails, rows off 16 bytes, and largest logits in either block."""
+    s = blocks.Settings("forward" if kind == "top-k" else kind, 0.3, 1.4, 7.0, 9.0)
+    given = block_inputs(width, kind == "top-k")
+    wide = [x.double() if x is not None and x.is_floating_point() else x for x in given]
+    with use_backend("reference"):  # torch
+        exact = blocks_of(*wide, s, torch.float64, cut)
+        plain = blocks_of(*given, s, du_dtype, cut)
+    ours = blocks_of(*backend.to(*given), s, du_dtype, cut)
+    for i, (mine, theirs, true) in enumerate(zip(ours, plain, exact, strict=True)):
+        no_worse(str(i), mine, theirs, true, floor=1e-6)
+
+
+@pytest.mark.parametrize("topk", [False, True])
+def test_blocks_in_any_order_of_warps(topk, each_schedule):
+    given = block_inputs(4100, topk)
+    for kind in ("reverse", "js"):
+        s = blocks.Settings(kind, 0.3, 1.4, 7.0, 9.0)
+        each_schedule(lambda s=s: blocks_of(*given, s, torch.float32, 2100))
+
+
+@pytest.mark.skipif(_core is None, reason="the native extension is not built")
+@pytest.mark.parametrize("topk", [False, True])
+def test_same_bits_at_any_thread_count(topk, each_thread_count):
+    given = block_inputs(3000, topk)
+    for kind in ("forward", "js"):
+        s = blocks.Settings(kind, 0.3, 1.4, 7.0, 9.0)
+        each_thread_count(lambda s=s: blocks_of(*given, s, torch.float32, 1000))
+
+
+@pytest.mark.skipif(_core is None, reason="the native extension is not built")
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(t=None), "give teacher, or ids with chosen"),
+        (dict(ids=torch.zeros(2, 3).long()), "give teacher, or ids with chosen"),
+        (dict(t=None, ids=torch.zeros(2, 3).long(), chosen=torch.zeros(2, 2)), r"got \(2, 3\) and \(2, 2\)"),
+        (dict(t=torch.zeros(2, 6)), r"u \(2, 5\) and teacher \(2, 6\) must be alike"),
+        (dict(sums=torch.zeros(2, 6)), "sums must have 5 columns, got 6"),
+        (dict(sums=torch.zeros(3, 5)), r"2 rows of 5, got \(3, 5\)"),
+        (dict(u=torch.zeros(2, 5).bfloat16()), "u must be float32"),
+        (dict(first=-1), "first must be"),
+    ],
+)
+def test_the_native_blocks_name_what_is_wrong(change, message):
+    given = (
+        dict(u=torch.zeros(2, 5), t=torch.zeros(2, 5), ids=None, chosen=None, sums=torch.zeros(2, 5), first=0) | change
+    )
+    first = given.pop("first")
+    with pytest.raises(ValueError, match=message):
+        core().linear_kl_scan(
+            *(None if x is None else to_dlpack(x) for x in given.values()), 0, 0.5, 1.0, 0.0, 0.0, first
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -1,6 +1,7 @@
 """LoRA linear: against the plain formula in float64, gradcheck, PEFT's own numbers, bits, dropout, bad input."""
 
 import json
+import math
 import pathlib
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from enginepost.kernels import lora
-from enginepost.kernels.backend import _core
+from enginepost.kernels.backend import _core, core, to_dlpack
 from enginepost.kernels.lora import LoraPart, keep_mask, lora_linear, reference, row_norm
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "lora.safetensors"
@@ -145,7 +146,8 @@ def test_peft_gives_the_same_numbers(name, function, monkeypatch):
         prefix = name + "."
         case = {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
         scaling, dropout = json.loads(file.metadata()["scaling and dropout"])[name]
-    monkeypatch.setattr(lora, "keep_mask", lambda *_: case["mask"].bool())
+    monkeypatch.setattr(lora, "keep_mask", lambda *_: case["mask"].bool())  # PEFT's own, which no kernel of ours makes
+    monkeypatch.setattr(lora, "native", lambda *_, **__: False)
     x, a, b = (case[k].clone().requires_grad_() for k in ("x", "A", "B"))
     magnitude = case["magnitude"].clone().requires_grad_() if "magnitude" in case else None
     part = LoraPart(a, b, scaling, 0, magnitude)
@@ -244,6 +246,44 @@ def test_dropout_mask():
     for shift in ((1, 0), (0, 1), (1, 1)):  # neighbours are independent
         rolled = mask.roll(shift, (0, 1))
         assert (mask == rolled).float().mean().item() == pytest.approx(0.58, abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dropout, seed", [(0.1, 3), (0.5, 2**63 + 5), (0.0, 0), (0.99, 12345678901234567890)])
+def test_dropout_of_every_backend_is_the_same_to_the_bit(backend, dtype, dropout, seed):
+    if dtype == torch.float16 and not backend.gpu:
+        dtype = torch.float64
+    torch.manual_seed(0)
+    whole = torch.randn(20, 304).to(dtype)
+    whole[3] = math.inf  # dropped: 0 all the same
+    for x in (whole, whole[:, :8], whole[2:, 1:300], whole[:, :33].contiguous(), whole[:0], whole.t()):
+        expected = torch.where(keep_mask(*x.shape, dropout, seed), x * (1 / (1 - dropout)), 0.0)
+        assert torch.equal(lora._dropped(backend.to(x), dropout, seed).cpu(), expected)
+        own = backend.to(x.contiguous().clone())
+        assert lora._dropped(own, dropout, seed, out=own) is own and torch.equal(own.cpu(), expected)
+
+
+def test_dropout_in_any_order_of_warps(each_schedule):
+    x = torch.randn(9, 304)
+    each_schedule(lambda: [lora._dropped(x, 0.3, 5), lora._dropped(x[:, 1:], 0.3, 5)])
+
+
+def test_dropout_op():
+    x = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(torch.ops.enginepost.lora_dropout, (x, 0.4, 9))
+    assert torch.autograd.gradcheck(lambda x: torch.ops.enginepost.lora_dropout(x, 0.4, 9), (x,))
+
+
+@pytest.mark.skipif(_core is None, reason="the native extension is not built")
+def test_dropout_refuses_what_it_cannot_do():
+    x = torch.zeros(3, 4)
+    for other, dropout, message in (
+        (torch.zeros(3, 5), 0.1, r"\(3, 4\) and out \(3, 5\) must be alike"),
+        (torch.zeros(3, 4).bfloat16(), 0.1, "one dtype"),
+        (torch.zeros(3, 4), 1.0, r"dropout must be in \[0, 1\), got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            core().lora_dropout(to_dlpack(x), to_dlpack(other), dropout, 1)
 
 
 def test_dropout_keeps_the_mean():

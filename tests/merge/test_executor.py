@@ -16,6 +16,7 @@ import xxhash
 from safetensors.torch import load_file
 from small_checkpoints import save, tensors, two
 
+from enginepost.errors import EnginepostError
 from enginepost.kernels import backend
 from enginepost.merge import METHODS, MergeError, merge, merge_tensors
 
@@ -61,11 +62,13 @@ def test_gpu_writes_the_bytes_of_the_cpu(method, family, write, tmp_path) -> Non
 
 def test_a_device_that_is_not_here_is_an_error(family, write, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     recipe = write(two(family, "linear", "{weight: 0.5}"))
-    with pytest.raises(MergeError, match="'tpu' is not one to merge on"):
+    with pytest.raises(EnginepostError, match="'tpu' is not known; expected auto, cpu, cuda"):
         merge(recipe, tmp_path / "out", device="tpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(MergeError, match="torch finds no CUDA GPU here"):
+    with pytest.raises(EnginepostError, match=r"torch finds no GPU|without CUDA"):
         merge(recipe, tmp_path / "out", device="cuda")
+    with pytest.raises(EnginepostError, match=r"torch finds no GPU|without CUDA"):
+        merge_tensors("linear", [torch.ones(3)], weight=1, device="cuda")
     assert not (tmp_path / "out").exists()
 
 
@@ -135,6 +138,17 @@ def test_dry_run_writes_nothing(family, write, tmp_path) -> None:  # type: ignor
     [report] = merge(write(two(family, "ties")), tmp_path / "out", dry_run=True)
     assert report.tensors == 15 and "model.embed_tokens.weight" in report.text(dry_run=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yaml"]
+
+
+def test_a_finished_merge_is_not_made_again(family, write, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    recipe = write(two(family, "ties"))
+    merge(recipe, tmp_path / "out")
+    before = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
+    [report] = merge(recipe, tmp_path / "out")
+    assert "was there already" in report.notes[0] and report.tensors == 0
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(MergeError, match="not an empty directory"):
+        merge(recipe, tmp_path / "out", seed=1)
 
 
 def test_trim_over_the_model(family, write, tmp_path) -> None:  # type: ignore[no-untyped-def]

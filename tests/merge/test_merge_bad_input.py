@@ -42,7 +42,7 @@ def refused(recipe: pathlib.Path, out: pathlib.Path, match: str, **options: obje
         (HEAD + "models:\n  - model: a\n    parameters: {wieght: 1}", r":5: ties has no parameter 'wieght'; did you mean weight"),
         (HEAD + "models: [{model: a, parameters: {weight: heavy}}]", "weight must be a number, and it is 'heavy'"),
         (HEAD + "models: [{model: a, parameters: {weight: .nan}}]", "must be finite"),
-        (HEAD + "models: [{model: a, parameters: {weight: 1, density: -1}}]", "density is -1.0; it must be at least 0"),
+        (HEAD + "models: [{model: a, parameters: {weight: 1, density: -1}}]", "density is -1.0; it must be between 0.0 and 1.0"),
         (HEAD + "models: [{model: a, parameters: {weight: []}}]", "empty list"),
         (HEAD + "models: [{model: a, parameters: {weight: [{filter: x}]}}]", "needs a value"),
         (HEAD + "models: [{model: a+b+c}]", "PATH.@REVISION"),
@@ -108,6 +108,28 @@ def test_nan_and_inf_are_named_and_counted(
     assert "in/b" in message and "model.layers.1.mlp.down_proj.weight" in message
 
 
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs", "dare_ties", "della", "task_arithmetic", "sce"])
+def test_inf_in_the_base(method: str, family: pathlib.Path, write: Write, tmp_path: pathlib.Path) -> None:
+    """Also where a reduction has looked at the numbers already, and where an election would leave the element out."""
+    weights = tensors(0)
+    weights["lm_head.weight"][3999, 39] = float("inf")
+    save(tmp_path / "base", weights)
+    model = "" if method == "sce" else "weight: 0.5, density: 0.6" if method != "task_arithmetic" else "weight: 0.5"
+    recipe = two(family, method, model=model).replace(f"{family}/base", f"{tmp_path}/base")
+    message = refused(write(recipe), tmp_path / "out", "0 NaN and 1 infinite")
+    assert f"{tmp_path}/base" in message and "lm_head.weight" in message
+
+
+def test_finite_numbers_whose_difference_is_not(family: pathlib.Path, write: Write, tmp_path: pathlib.Path) -> None:
+    weights = tensors(2)
+    weights["model.norm.weight"][0] = 3e38
+    base = {**tensors(0), "model.norm.weight": tensors(0)["model.norm.weight"].clone()}
+    base["model.norm.weight"][0] = -3e38
+    save(tmp_path / "base", base)
+    recipe = changed(family, tmp_path, weights).replace(f"{family}/base", f"{tmp_path}/base")
+    merge(write(recipe), tmp_path / "out")
+
+
 def test_missing_tensor(family: pathlib.Path, write: Write, tmp_path: pathlib.Path) -> None:
     weights = tensors(2)
     del weights["model.layers.1.mlp.down_proj.weight"]
@@ -156,6 +178,57 @@ def test_other_vocabulary_without_a_tokenizer(family: pathlib.Path, write: Write
     )
 
 
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (("method", "della"), "must lie between 0 and 1; density is 0.1"),
+        (("path", "@main"), "is a directory here, which has no revisions"),
+        (("density", "1.5"), "density is 1.5; it must be between 0.0 and 1.0"),
+    ],
+)
+def test_what_a_dry_run_sees(
+    change: tuple[str, str], match: str, family: pathlib.Path, write: Write, tmp_path: pathlib.Path
+) -> None:
+    key, value = change
+    recipe = two(family, value if key == "method" else "ties", model="weight: 0.5, density: 0.1")
+    if key != "method":
+        old, new = (f"{family}/a", f"{family}/a{value}") if key == "path" else ("density: 0.1", f"density: {value}")
+        recipe = recipe.replace(old, new)
+    with pytest.raises(MergeError, match=match):
+        merge(write(recipe), tmp_path / "out", dry_run=True)
+
+
+def test_weights_that_cancel(family: pathlib.Path, write: Write, tmp_path: pathlib.Path) -> None:
+    recipe = two(family, "linear", "{weight: 1}", "").replace(
+        f"{family}/b\n    parameters: {{}}", f"{family}/b\n    parameters: {{weight: -1}}"
+    )
+    recipe = recipe.replace(f"base_model: {family}/base\n", "")
+    for dry_run in (True, False):
+        with pytest.raises(
+            MergeError, match="the weights sum to zero, so they cannot be normalised; set normalize: false"
+        ):
+            merge(write(recipe), tmp_path / "out", dry_run=dry_run)
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_two_merges_into_one_directory(family: pathlib.Path, write: Write, tmp_path: pathlib.Path) -> None:
+    """The second one says so and leaves the first alone, whatever its recipe."""
+    second = tmp_path / "second"
+    second.mkdir()
+    (second / "recipe.yaml").write_text(two(family, "dare_ties"))
+    refusals = []
+
+    def meanwhile(done: int, total: int, name: str) -> None:
+        for recipe in (second / "recipe.yaml", tmp_path / "recipe.yaml"):
+            with pytest.raises(MergeError, match="another process is merging into it") as raised:
+                merge(recipe, tmp_path / "out")
+            refusals.append(raised)
+
+    merge(write(two(family, "ties")), tmp_path / "out", threads=1, progress=meanwhile)
+    assert len(refusals) == 30 and (tmp_path / "out" / "model.safetensors").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "recipe.yaml", "second"]
+
+
 def test_an_index_that_lies(family: pathlib.Path, write: Write, tmp_path: pathlib.Path) -> None:
     recipe = write(changed(family, tmp_path, tensors(2)))
     directory = tmp_path / "in" / "b"
@@ -164,18 +237,6 @@ def test_an_index_that_lies(family: pathlib.Path, write: Write, tmp_path: pathli
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
     with pytest.raises(CheckpointError, match=r"layers\.9\.x"):
         merge(recipe, tmp_path / "out")
-
-
-def test_full_disk(family: pathlib.Path, write: Write, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import errno
-    import os
-
-    def full(*args: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    message = refused(write(two(family, "ties")), tmp_path / "out", "the disk is full")
-    assert "run the same merge again" in message
 
 
 def test_tied_and_untied_heads(family: pathlib.Path, write: Write, tmp_path: pathlib.Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -146,8 +147,24 @@ def test_adapters_and_4_bit_models_on_disk_are_read(tmp_path: pathlib.Path) -> N
     assert setup_of(load_recipe({"model": "m", "data": "d"}), config_of(str(tmp_path))).quantize == "nf4-double"
     with pytest.raises(EnginepostError, match="cannot read the adapter's config"):
         setup_of(load_recipe({"model": "m", "data": "d", "adapter": str(tmp_path / "none")}), config_of("llama-3.1-8b"))
-    with pytest.raises(EnginepostError, match="is not a directory"):
-        plan({**QLORA, "model": "llama-9"})
+    with pytest.raises(
+        EnginepostError, match=r"llama-3\.1-8 is not a directory; expected .*; did you mean llama-3\.1-8b"
+    ):
+        plan({**QLORA, "model": "llama-3.1-8"})
+
+
+def test_what_does_not_fit_is_said() -> None:
+    big = {**QLORA, "model": "llama-3.1-70b", "quantize": "nf4-double", "weights": "host", "lora": {"r": 8}}
+    for size_of_card, words in (
+        ("12GB", r"does not fit in 16\.00 GB of host memory, of which it needs 44\.\d\d$"),
+        (
+            "11.5GB",
+            r"does not fit in 11\.50 GB, with 6 % for what is allocated beside it, nor in 16\.00 GB of host memory",
+        ),
+        ("6GB", r"does not fit in 6\.00 GB, nor in 16"),
+    ):
+        lines = plan(big, on=size_of_card, host="16GB").lines()
+        assert any(re.match(words, line) for line in lines), lines
 
 
 def test_under_a_second_without_torch(tmp_path: pathlib.Path) -> None:

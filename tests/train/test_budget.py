@@ -1,6 +1,10 @@
 """`memory` in a recipe, and what a run says that goes out of memory."""
 
+import json
+import os
 import pathlib
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -78,6 +82,38 @@ def test_out_of_memory_is_the_plan(recipe: Make, monkeypatch: pytest.MonkeyPatch
         budget.OutOfMemory, match=r"(?s)^out of memory.* are free now\): the run needs .* GB, in the .*weights"
     ):
         enginepost.train(recipe())
+
+
+LIMITED = """
+import json, resource, sys
+import enginepost
+from enginepost.train import loop
+original = loop.optimizer_step
+
+def step(*args, **kwargs):
+    held = int(next(line for line in open("/proc/self/status") if line.startswith("VmData")).split()[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (held + (4 << 20), resource.RLIM_INFINITY))
+    return original(*args, **kwargs)
+
+loop.optimizer_step = step
+try:
+    enginepost.train(json.loads(sys.argv[1]))
+finally:
+    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit on a process's memory is Linux's")
+def test_a_process_out_of_memory_says_its_plan(recipe: Make, tmp_path: pathlib.Path) -> None:
+    """The system itself says no, in the middle of a step."""
+    (tmp_path / "long.txt").write_text("seven " * 20_000)
+    keys = {"method": "pretrain", "data": str(tmp_path / "long.txt"), "max_length": 16_000, "checkpointing": False}
+    run = subprocess.run(
+        [sys.executable, "-c", LIMITED, json.dumps(recipe(**keys))], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode and "OutOfMemory: out of memory (" in run.stderr, run.stderr[-2000:]
+    assert "the run needs" in run.stderr and "activations" in run.stderr
 
 
 def test_other_errors_stay_what_they_are(recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -223,6 +223,16 @@ def test_out_of_memory_is_the_plan_for_the_card(recipe: MakeRecipe, monkeypatch:
         train(recipe(device="cuda"))
 
 
+def test_a_card_that_is_full_is_answered_with_the_plan(recipe: MakeRecipe) -> None:
+    """The allocator itself says no, in the middle of a step."""
+    with pretend_gpu.present():
+        before = pretend_gpu.memory.now  # what earlier tests left
+        train(recipe(device="cuda", max_steps=1))
+        pretend_gpu.memory.most_allowed = before + 0.9 * (pretend_gpu.memory.most - before)
+        with pytest.raises(budget.OutOfMemory, match=r"(?s)^out of memory on NVIDIA GeForce RTX 4060: the run needs"):
+            train(recipe(device="cuda", output=recipe()["output"] + "-full"))
+
+
 def test_a_model_on_the_device_answers_as_on_the_cpu(tiny_model_dir: pathlib.Path) -> None:
     """Greedy and drawn, several prompts and one; log-probabilities; ids that the model does not have."""
     texts = ["the quick brown", "what is six times seven?", "a"]

@@ -68,8 +68,9 @@ def test_the_copy_is_made_once(
     assert len(list((tmp_path / "cache" / "quantized").iterdir())) == 1
 
 
+@pytest.mark.parametrize("how", ["truncated", "unreadable"])
 def test_a_file_that_breaks_in_mid_run_costs_nothing(
-    recipe: MakeRecipe, tmp_path: pathlib.Path, tiny_model_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    recipe: MakeRecipe, tmp_path: pathlib.Path, tiny_model_dir: pathlib.Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     model = tmp_path / "model"
     model.mkdir()
@@ -84,9 +85,14 @@ def test_a_file_that_breaks_in_mid_run_costs_nothing(
     def step(*args: Any, **kwargs: Any) -> Any:
         nonlocal steps
         steps += 1
-        if steps == 4:
+        if steps == 4 and how == "truncated":
             os.truncate(weights, len(content) // 2)
+        elif steps == 4:
+            m.setattr(os, "preadv", unreadable)
         return original(*args, **kwargs)
+
+    def unreadable(*_: Any) -> int:
+        raise OSError(5, os.strerror(5))
 
     cut = recipe(**keys, output=str(tmp_path / "cut"))
     with monkeypatch.context() as m:
@@ -95,9 +101,10 @@ def test_a_file_that_breaks_in_mid_run_costs_nothing(
             train(cut)
     for words in ("step 4: ", str(weights), f"saved {tmp_path}/cut/checkpoint-3", "resume=True"):
         assert words in str(broken.value)
-    with pytest.raises(EnginepostError, match=r"model\.safetensors"):
-        train(cut, resume=True)
-    weights.write_bytes(content)
+    if how == "truncated":
+        with pytest.raises(EnginepostError, match=r"model\.safetensors"):
+            train(cut, resume=True)
+        weights.write_bytes(content)
     train(cut, resume=True)
     assert_same_run(whole, cut["output"])
 

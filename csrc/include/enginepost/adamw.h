@@ -26,8 +26,10 @@ EP_EXPORT int ep_adamw8_step(const DLTensor *param, const DLTensor *grad, const 
                              const DLTensor *exp_avg_scale, const DLTensor *exp_avg_sq_scale, const DLTensor *master,
                              ep_adamw_params params, void *stream);
 
-/* *result = sum of squares of x (N), float64 in a fixed order. */
-EP_EXPORT int ep_sum_squares(const DLTensor *x, double *result, void *stream);
+/* *result = sum of squares of x (N) float32 or bfloat16, float64 in a fixed order; result lies in the memory of x. On a GPU: of any
+ * float dtype, with the bits of the CPU's AVX2 kernels. */
+EP_EXPORT int ep_sum_squares(const DLTensor *x, double *result, void *workspace, void *stream);
+EP_EXPORT int64_t ep_sum_squares_workspace_bytes(int64_t size);
 
 #ifdef __cplusplus
 }
