@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from enginepost.kernels.arrays import make_callable, takes_arrays
-from enginepost.kernels.backend import GPU_HALVES, core, eager, eager_twin, native, plain, to_dlpack
+from enginepost.kernels.backend import GPU_HALVES, core, native, plain, to_dlpack
 
 
 def reference(
@@ -108,10 +108,9 @@ def attention(
         return out, lse.detach()
     if plain(q, k, v):
         return _forward(q, k, v, cu_seqlens, cu_seqlens_k, seqused_k, causal, window, softcap, scale)
-    results: tuple[Tensor, Tensor] = (_eager_apart if eager() else torch.ops.enginepost.attention)(
+    return torch.ops.enginepost.attention(
         q, k, v, cu_seqlens, cu_seqlens_k, seqused_k, causal, window, softcap, scale, deterministic
     )  # fmt: skip
-    return results
 
 
 @takes_arrays
@@ -140,10 +139,9 @@ def attention_qkv(
     if plain(qkv):
         q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
         return _forward(q, k, v, cu_seqlens, None, None, causal, window, softcap, scale)[0]
-    results: tuple[Tensor, Tensor] = (_eager_fused if eager() else torch.ops.enginepost.attention_qkv)(
+    return torch.ops.enginepost.attention_qkv(
         qkv, heads, kv_heads, cu_seqlens, causal, window, softcap, scale, deterministic
-    )
-    return results[0]
+    )[0]
 
 
 def paged_reference(
@@ -280,14 +278,12 @@ def _backward(
     )  # fmt: skip
 
 
-def _apart(
+@torch.library.custom_op("enginepost::attention", mutates_args=())
+def _attention_op(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, seqused_k: Tensor | None,
     causal: bool, window: int, softcap: float, scale: float, deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _forward(q, k, v, cu_seqlens, cu_seqlens_k, seqused_k, causal, window, softcap, scale)
-
-
-_attention_op = torch.library.custom_op("enginepost::attention", _apart, mutates_args=())
 
 
 @_attention_op.register_fake
@@ -298,7 +294,8 @@ def _(
     return _empty_results(q)
 
 
-def _apart_backward(
+@torch.library.custom_op("enginepost::attention_backward", mutates_args=())
+def _backward_op(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
     cu_seqlens_k: Tensor | None, seqused_k: Tensor | None, causal: bool, window: int, softcap: float, scale: float,
     deterministic: bool = True,
@@ -311,9 +308,6 @@ def _apart_backward(
     return dq, dk, dv
 
 
-_backward_op = torch.library.custom_op("enginepost::attention_backward", _apart_backward, mutates_args=())
-
-
 @_backward_op.register_fake
 def _(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor,
@@ -324,15 +318,13 @@ def _(
     return dq, dk, dv
 
 
-def _fused(
+@torch.library.custom_op("enginepost::attention_qkv", mutates_args=())
+def _qkv_op(
     qkv: Tensor, heads: int, kv_heads: int, cu_seqlens: Tensor, causal: bool, window: int, softcap: float,
     scale: float, deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
     return _forward(q, k, v, cu_seqlens, None, None, causal, window, softcap, scale)
-
-
-_qkv_op = torch.library.custom_op("enginepost::attention_qkv", _fused, mutates_args=())
 
 
 @_qkv_op.register_fake
@@ -343,7 +335,8 @@ def _(
     return _empty_results(qkv[:, :heads])
 
 
-def _fused_backward(
+@torch.library.custom_op("enginepost::attention_qkv_backward", mutates_args=())
+def _qkv_backward_op(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, kv_heads: int, cu_seqlens: Tensor, causal: bool,
     window: int, softcap: float, scale: float, deterministic: bool = True,
 ) -> Tensor:  # fmt: skip
@@ -353,9 +346,6 @@ def _fused_backward(
     _backward(dout, q, k, v, out, lse, cu_seqlens, None, None, dq, dk, dv, causal, window, softcap, scale,
               deterministic)  # fmt: skip
     return dqkv
-
-
-_qkv_backward_op = torch.library.custom_op("enginepost::attention_qkv_backward", _fused_backward, mutates_args=())
 
 
 @_qkv_backward_op.register_fake
@@ -373,7 +363,7 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _grad(ctx, dout: Tensor, _: Tensor) -> tuple:  # type: ignore[no-untyped-def]
-    grads = (_apart_backward if eager() else _backward_op)(dout, *ctx.saved_tensors, *ctx.options)
+    grads = torch.ops.enginepost.attention_backward(dout, *ctx.saved_tensors, *ctx.options)
     return *grads, None, None, None, None, None, None, None, None
 
 
@@ -385,14 +375,12 @@ def _qkv_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _qkv_grad(ctx, dout: Tensor, _: Tensor) -> tuple:  # type: ignore[no-untyped-def]
     qkv, out, lse, cu_seqlens = ctx.saved_tensors
-    dqkv = (_fused_backward if eager() else _qkv_backward_op)(
+    dqkv = torch.ops.enginepost.attention_qkv_backward(
         dout, qkv, out, lse, ctx.heads, ctx.kv_heads, cu_seqlens, *ctx.options
     )
     return dqkv, None, None, None, None, None, None, None, None
 
 
-_eager_apart = eager_twin(_apart, _setup, _grad)
-_eager_fused = eager_twin(_fused, _qkv_setup, _qkv_grad)
 _attention_op.register_autograd(_grad, setup_context=_setup)
 _qkv_op.register_autograd(_qkv_grad, setup_context=_qkv_setup)
 

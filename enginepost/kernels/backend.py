@@ -10,12 +10,11 @@ import contextlib
 import ctypes
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
 # What a family says that its CUDA kernels take: the memory-bound ones everything, the matrix products 16 bits.
@@ -115,26 +114,6 @@ def eager() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._len_torch_dispatch_stack() == 0 and torch._C._functorch.peek_interpreter_stack() is None
-
-
-def eager_twin(forward: Callable[..., Any], setup: Callable[..., None], grad: Callable[..., Any]) -> Callable[..., Any]:
-    """What `torch.library` registers as an op with autograd, as a bare autograd function, for where `eager`: the dispatcher's way of
-    running Python costs a training step more than some kernels do. The three functions are those that the op is registered with; a
-    gradient of the gradient is an error, as it is of the op."""
-
-    class Eager(torch.autograd.Function):
-        @staticmethod
-        def forward(
-            ctx: Any, *inputs: Any
-        ) -> Any:  # torch would bind a signature at every call of a setup_context of its own
-            output = forward(*inputs)
-            setup(ctx, inputs, output)
-            return output
-
-        backward = staticmethod(once_differentiable(grad))  # type: ignore[assignment]
-
-    call: Callable[..., Any] = Eager.apply
-    return call
 
 
 @contextlib.contextmanager

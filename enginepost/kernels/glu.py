@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from enginepost.kernels.arrays import make_callable, takes_arrays
-from enginepost.kernels.backend import GPU_FLOATS, core, eager, eager_twin, native, plain, to_dlpack
+from enginepost.kernels.backend import GPU_FLOATS, core, native, plain, to_dlpack
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 
@@ -45,8 +45,7 @@ def glu(gate_up: Tensor, activation: str = "silu") -> Tensor:
         return reference(gate_up, activation)
     if plain(gate_up):
         return _forward(gate_up, ACTIVATIONS[activation])
-    result: Tensor = (_eager if eager() else torch.ops.enginepost.glu)(gate_up, ACTIVATIONS[activation])
-    return result
+    return torch.ops.enginepost.glu(gate_up, ACTIVATIONS[activation])
 
 
 def _forward(gate_up: Tensor, activation: int) -> Tensor:
@@ -67,7 +66,8 @@ def _(gate_up: Tensor, activation: int) -> Tensor:
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
-def _backward(dy: Tensor, gate_up: Tensor, activation: int) -> Tensor:
+@torch.library.custom_op("enginepost::glu_backward", mutates_args=())
+def _backward_op(dy: Tensor, gate_up: Tensor, activation: int) -> Tensor:
     dy, gate_up = dy.contiguous(), gate_up.contiguous()
     width = gate_up.shape[-1]
     dx = torch.empty_like(gate_up)
@@ -78,9 +78,6 @@ def _backward(dy: Tensor, gate_up: Tensor, activation: int) -> Tensor:
         activation,
     )
     return dx
-
-
-_backward_op = torch.library.custom_op("enginepost::glu_backward", _backward, mutates_args=())
 
 
 @_backward_op.register_fake
@@ -94,10 +91,9 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _grad(ctx, dy: Tensor) -> tuple:  # type: ignore[no-untyped-def]
-    return (_backward if eager() else _backward_op)(dy, ctx.saved_tensors[0], ctx.activation), None
+    return torch.ops.enginepost.glu_backward(dy, ctx.saved_tensors[0], ctx.activation), None
 
 
-_eager = eager_twin(_forward, _setup, _grad)
 _glu_op.register_autograd(_grad, setup_context=_setup)
 
 make_callable(__name__, glu)

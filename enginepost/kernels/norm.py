@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from enginepost.kernels.arrays import make_callable, takes_arrays
-from enginepost.kernels.backend import GPU_FLOATS, core, eager, eager_twin, native, plain, to_dlpack
+from enginepost.kernels.backend import GPU_FLOATS, core, native, plain, to_dlpack
 
 
 def reference(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
@@ -40,8 +40,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> T
         return reference(x, weight, eps, offset=offset)
     if plain(x, weight):
         return _forward(x, weight, eps, offset)[0]
-    y: Tensor = (_eager_norm if eager() else torch.ops.enginepost.rms_norm)(x, weight, eps, offset)[0]
-    return y
+    return torch.ops.enginepost.rms_norm(x, weight, eps, offset)[0]
 
 
 @takes_arrays
@@ -63,8 +62,7 @@ def add_rms_norm(
         return reference(h, weight, eps, offset=offset), h
     if plain(x, residual, weight):
         return _add_forward(x, residual, weight, eps, offset)[:2]
-    op = _eager_add_norm if eager() else torch.ops.enginepost.add_rms_norm
-    y, h, _ = op(x, residual, weight, eps, offset)
+    y, h, _ = torch.ops.enginepost.add_rms_norm(x, residual, weight, eps, offset)
     return y, h
 
 
@@ -118,7 +116,8 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float) ->
     return y, torch.empty_like(y), _rstd_like(x)
 
 
-def _backward(
+@torch.library.custom_op("enginepost::rms_norm_backward", mutates_args=())
+def _backward_op(
     dy: Tensor, dh: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, offset: float, weight_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """dx = dh + the norm's own gradient; dweight `[H]` in weight's dtype, or `[0]` when it is not asked."""
@@ -132,9 +131,6 @@ def _backward(
         to_dlpack(dweight) if weight_grad else None, offset,
     )  # fmt: skip
     return dx, dweight
-
-
-_backward_op = torch.library.custom_op("enginepost::rms_norm_backward", _backward, mutates_args=())
 
 
 @_backward_op.register_fake
@@ -155,9 +151,7 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _grad(ctx, dy: Tensor, _: Tensor) -> tuple:  # type: ignore[no-untyped-def]
     x, weight, rstd = ctx.saved_tensors
-    dx, dweight = (_backward if eager() else _backward_op)(
-        dy, None, x, weight, rstd, ctx.offset, ctx.needs_input_grad[1]
-    )
+    dx, dweight = torch.ops.enginepost.rms_norm_backward(dy, None, x, weight, rstd, ctx.offset, ctx.needs_input_grad[1])
     return dx, dweight if ctx.needs_input_grad[1] else None, None, None
 
 
@@ -169,12 +163,10 @@ def _add_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _add_grad(ctx, dy: Tensor, dh: Tensor, _: Tensor) -> tuple:  # type: ignore[no-untyped-def]
     h, weight, rstd = ctx.saved_tensors
-    dx, dweight = (_backward if eager() else _backward_op)(dy, dh, h, weight, rstd, ctx.offset, ctx.needs_input_grad[2])
+    dx, dweight = torch.ops.enginepost.rms_norm_backward(dy, dh, h, weight, rstd, ctx.offset, ctx.needs_input_grad[2])
     return dx, dx, dweight if ctx.needs_input_grad[2] else None, None, None
 
 
-_eager_norm = eager_twin(_forward, _setup, _grad)
-_eager_add_norm = eager_twin(_add_forward, _add_setup, _add_grad)
 _rms_norm_op.register_autograd(_grad, setup_context=_setup)
 _add_rms_norm_op.register_autograd(_add_grad, setup_context=_add_setup)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from enginepost.kernels.arrays import make_callable, takes_arrays
-from enginepost.kernels.backend import GPU_FLOATS, core, eager, eager_twin, native, plain, to_dlpack
+from enginepost.kernels.backend import GPU_FLOATS, core, native, plain, to_dlpack
 
 
 def rope_frequencies(
@@ -140,8 +140,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, heads: int | None = None) -> Tenso
     heads = x.shape[1] if heads is None else heads
     if plain(x):
         return _rotate(x, cos, sin, heads, False)
-    result: Tensor = (_eager if eager() else torch.ops.enginepost.rope)(x, cos, sin, heads, False)
-    return result
+    return torch.ops.enginepost.rope(x, cos, sin, heads, False)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, inverse: bool) -> Tensor:
@@ -171,10 +170,9 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _grad(ctx, dy: Tensor) -> tuple:  # type: ignore[no-untyped-def]
     cos, sin = ctx.saved_tensors
-    return (_rotate if eager() else _rope_op)(dy, cos, sin, ctx.heads, not ctx.inverse), None, None, None, None
+    return torch.ops.enginepost.rope(dy, cos, sin, ctx.heads, not ctx.inverse), None, None, None, None
 
 
-_eager = eager_twin(_rotate, _setup, _grad)
 _rope_op.register_autograd(_grad, setup_context=_setup)
 
 make_callable(__name__, rope)
