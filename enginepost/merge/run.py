@@ -25,7 +25,7 @@ from enginepost.errors import EnginepostError
 from enginepost.merge import card
 from enginepost.merge.executor import Limits, Progress, execute, limits
 from enginepost.merge.models import Model, in_4_bits, locate, open_model, set_layers, text_config
-from enginepost.merge.output import DiskError, Output, claim, clear, discard, partial_directory, read_journal
+from enginepost.merge.output import JOURNAL, DiskError, Output, claim, clear, discard, partial_directory, read_journal
 from enginepost.merge.plan import Task, make_tasks
 from enginepost.merge.recipe import ModelRef, Recipe, read_recipes
 from enginepost.merge.registry import METHODS, MergeError
@@ -191,6 +191,9 @@ def _merge_one(
     places = {ref: locate(ref, recipe.file, earlier) for ref in recipe.references()}
     fingerprint = _fingerprint(recipe, places, seed, shard_bytes)
     if _made(directory, fingerprint):
+        (directory / JOURNAL).unlink(
+            missing_ok=True
+        )  # there if the process was killed right after it had put OUT in place
         note = f"{directory} was there already: the same recipe, options and inputs. Nothing was done."
         return MergeReport(directory, recipe.method.name, [str(r) for r in places], 0, 0, 0, 0, 0, notes=[note])
     _check_output(directory, places, dry_run)
