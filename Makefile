@@ -78,9 +78,10 @@ gpu-check:
 	$$( [ -x $(PY) ] && echo $(PY) || echo $(PYTHON) ) -m bench.gpu.check $(GPU_CHECK)
 
 # What the trainer imports and a plain PyTorch image may lack, for its Python, which may be another: GPU_PYTHON=3.12.
+GPU_TARGET := --target build/gpu/packages --upgrade --only-binary=:all:
 gpu-packages: .venv/packages
-	$(PIP) --target build/gpu/packages --upgrade --only-binary=:all: --no-deps $(if $(GPU_PYTHON),--python-version $(GPU_PYTHON)) \
-	  pydantic pydantic-core annotated-types typing-inspection typing-extensions pyyaml jinja2 markupsafe safetensors tokenizers
+	$(PIP) $(GPU_TARGET) $(if $(GPU_PYTHON),--python-version $(GPU_PYTHON)) pydantic pyyaml jinja2
+	$(PIP) $(GPU_TARGET) $(if $(GPU_PYTHON),--python-version $(GPU_PYTHON)) --no-deps safetensors tokenizers
 
 bench: setup
 	$(PY) -m bench all

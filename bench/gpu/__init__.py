@@ -21,7 +21,8 @@ least 20.
 
 import os
 import statistics
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +101,19 @@ def _rows(
             title, "speed", case.unit, rate / scale, peer, theirs, better="higher", roof_percent=100 * rate / roofs[case.unit],
             milliseconds=median, spread_percent=100 * (high - low) / median,
         )  # fmt: skip
+
+
+def all_of(parts: Iterable[tuple[str, Iterator[Row]]]) -> Iterator[Row]:
+    """The rows of every part, by name. One that raises loses its own alone; RuntimeError names such parts in the end."""
+    failed = []
+    for name, found in parts:
+        try:
+            yield from found
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+    if failed:
+        raise RuntimeError("failed: " + "; ".join(failed))
 
 
 def measure_roofs() -> dict[str, float]:

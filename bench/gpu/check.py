@@ -143,15 +143,13 @@ def main() -> int:
 def this_machine(emulated: bool) -> Machine:
     """How Python is started. On a GPU with -S and the paths by hand: the import hook of an editable installation would put the
     ordinary extension first."""
-    packages = [p for p in (OUT / "packages",) if p.is_dir()]
     if emulated:
-        path = os.pathsep.join(map(str, [ROOT, *packages]))
-        return Machine([sys.executable], ROOT, {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, True, False)
+        return Machine([sys.executable], ROOT, {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, True, False)
     import torch
 
     if not torch.cuda.is_available():
         sys.exit("gpu-check: torch finds no GPU; GPU_CHECK=emulated is the dry run without one")
-    path = os.pathsep.join(map(str, [OUT / "site", ROOT, *(p for p in sys.path if p), *packages]))
+    path = os.pathsep.join(map(str, [OUT / "site", ROOT, *(p for p in sys.path if p), OUT / "packages"]))
     hopper = torch.cuda.get_device_capability()[0] == 9
     return Machine([sys.executable, "-S"], OUT / "site", {"PYTHONPATH": path}, False, hopper)
 

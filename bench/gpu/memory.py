@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench import Row
+from bench.gpu import all_of
 from bench.gpu.training import (
     Block,
     Trainee,
@@ -49,6 +50,7 @@ from enginepost.plan.speed import flops
 CAPS = [(8e9, 2972), (12e9, 21848), (16e9, 40724), (24e9, 78475)]
 BIG_CAP, BIG_TOKENS = 12e9, 2048
 KIND = "nf4-double"
+UNKNOWN = 1e14  # FLOP per second of a card that has not run a step
 Fields = dict[str, Any]
 LONG: Fields = {"checkpointing": "host", "mlp_chunk": 1024}
 WAYS: list[Fields] = [
@@ -65,15 +67,21 @@ def run(device: torch.device, small: bool, seconds: float) -> Iterator[Row]:
     end = time.monotonic() + seconds
     config = {**architecture("llama-3.1-8b"), **(SMALL if small else {})}
     block = random_block(ModelSpec.from_config(config), KIND, device)
-    rate = 0.0
-    for row, rate in beside_dequantising(config, block, device, 128 if small else 4096):  # noqa: B007
-        yield row
-    yield from streaming(device, small)
+    rates = [UNKNOWN]  # FLOP per second; the last is the one that was measured
     caps = [(small_cap(config), 1)] if small else CAPS
-    for i, (cap, bar) in enumerate(caps):
+
+    def under(i: int) -> Iterator[Row]:
         work = [flops(setup_of(config, b, 32, quantize=KIND, **WAYS[-1]), b) for _, b in caps[i:]]
         share = (end - time.monotonic()) * work[0] / sum(work)
-        yield from longest(config, block, device, cap, bar, rate, share, small)
+        yield from longest(config, block, device, *caps[i], rates[-1], share, small)
+
+    yield from all_of(
+        [
+            ("beside dequantise + matmul", beside_dequantising(config, block, device, 128 if small else 4096, rates)),
+            ("70B that streams", streaming(device, small)),
+            *((f"cap {caps[i][0] / 1e9:.3g} GB", under(i)) for i in range(len(caps))),
+        ]
+    )
 
 
 def small_cap(config: dict[str, Any]) -> float:
@@ -134,9 +142,9 @@ def linear_layers_by(function: Any) -> Iterator[None]:
 
 
 def beside_dequantising(
-    config: dict[str, Any], block: Block, device: torch.device, tokens: int, rounds: int = 4
-) -> Iterator[tuple[Row, float]]:
-    """The row, and the FLOP per second of our step."""
+    config: dict[str, Any], block: Block, device: torch.device, tokens: int, rates: list[float], rounds: int = 4
+) -> Iterator[Row]:
+    """The FLOP per second of our step go to `rates`."""
     s = setup_of(config, tokens, 32, quantize=KIND)
     ways = {"enginepost": transformer.lora_linear, "dequantise + matmul, PEFT's operations": peft_linear}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -150,10 +158,8 @@ def beside_dequantising(
     a, b = (statistics.median(times) for times in seconds.values())
     peer = list(ways)[1]
     case = f"memory, 8B Llama shape, QLoRA r 32 {KIND}, resident, {tokens} tokens a step"
-    yield (
-        Row(case, "speed", "tokens/s", tokens / a, peer, tokens / b, better="higher", milliseconds=1e3 * a),
-        flops(s, tokens) / a,
-    )
+    rates.append(flops(s, tokens) / a)
+    yield Row(case, "speed", "tokens/s", tokens / a, peer, tokens / b, better="higher", milliseconds=1e3 * a)
 
 
 # 2. Weights that stream.

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from bench import Row
+from bench.gpu import all_of
 
 STEPS, SAVE_EVERY, KILLED_IN = 8, 3, 5
 TOLERANCE = {"fp32": 1e-4, "bf16": 5e-3}
@@ -44,24 +45,34 @@ def run(device: torch.device, small: bool, seconds: float) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as scratch, named_cuda(device):
         base = prepare(pathlib.Path(scratch), {**SHAPE, **SMALL} if small else SHAPE, longest=48 if small else 500)
         killed = {name: start_to_be_killed({**base, **keys}, name, device) for name, keys in flavours.items()}
-        for name, keys in flavours.items():
-            recipe = {"dtype": "bf16", **base, **keys}
-            here = losses(train(recipe, f"{name}, cpu", "cpu"))
-            first, second = (train(recipe, f"{name}, {i}", "cuda") for i in (1, 2))
-            worst = max(abs(a - b) / abs(b) for a, b in zip(losses(first), here, strict=True))
-            yield agreed(f"{name}: losses beside the CPU's, relative", worst, TOLERANCE[recipe["dtype"]])
-            yield agreed(f"{name}: bytes that differ between two runs", different(first, second), 0)
-            if killed[name].wait() != -signal.SIGKILL:
-                raise RuntimeError(f"{name}: the run that was to kill itself ended with {killed[name].returncode}")
-            resumed = train(recipe, f"{name}, killed", "cuda", resume=True)
-            yield agreed(f"{name}: bytes that differ after a kill", different(first, resumed), 0)
+        try:
+            yield from all_of(
+                (name, checks(name, {"dtype": "bf16", **base, **keys}, killed[name])) for name, keys in flavours.items()
+            )
+        finally:
+            for process in killed.values():
+                process.kill()
+                process.wait()
 
 
-def agreed(case: str, found: float, allowed: float) -> Row:
-    """The row of a check; RuntimeError where it fails."""
+def checks(name: str, recipe: dict[str, Any], killed: "subprocess.Popen[bytes]") -> Iterator[Row]:
+    """killed: a run of this recipe that is to kill itself."""
+    here = losses(train(recipe, f"{name}, cpu", "cpu"))
+    first, second = (train(recipe, f"{name}, {i}", "cuda") for i in (1, 2))
+    worst = max(abs(a - b) / abs(b) for a, b in zip(losses(first), here, strict=True))
+    yield from agreed(f"{name}: losses beside the CPU's, relative", worst, TOLERANCE[recipe["dtype"]])
+    yield from agreed(f"{name}: bytes that differ between two runs", different(first, second), 0)
+    if killed.wait() != -signal.SIGKILL:
+        raise RuntimeError(f"{name}: the run that was to kill itself ended with {killed.returncode}")
+    resumed = train(recipe, f"{name}, killed", "cuda", resume=True)
+    yield from agreed(f"{name}: bytes that differ after a kill", different(first, resumed), 0)
+
+
+def agreed(case: str, found: float, allowed: float) -> Iterator[Row]:
+    """The row of a check, then RuntimeError where it fails."""
+    yield Row(f"trainer, {case}", "difference", "", found, "allowed", allowed)
     if not found <= allowed:
         raise RuntimeError(f"{case}: {found:.3g}, allowed {allowed:.3g}")
-    return Row(f"trainer, {case}", "difference", "", found, "allowed", allowed)
 
 
 def prepare(scratch: pathlib.Path, shape: dict[str, Any], longest: int) -> dict[str, Any]:

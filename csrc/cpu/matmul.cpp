@@ -2,8 +2,8 @@
 //
 // a is copied once into panels of MR rows, b block by block into panels of NR columns, each panel holding its lines side by side
 // for every k. The copy widens bfloat16 to float32, whichever way the input is transposed. The micro-kernel keeps an MR x NR tile
-// of c in registers, so c is touched once. A block of b is packed by the thread that uses it and stays in its second-level cache,
-// while the panels of a stream past.
+// of c in registers, so c is touched once. A block of b is packed by the thread that uses it. A group of panels of a lies in the
+// second-level cache while the panels of b pass, and a run of one panel of b in the first-level cache while the group passes.
 //
 // A product with few rows (generation) is bound by the reading of b, so it packs nothing: columns of b that lie contiguously are
 // multiplied where they lie.
@@ -20,6 +20,8 @@
 // A weight in 4 bits (b alone) is decoded where bfloat16 would be widened: in the copy into panels, so that no more of it than a
 // block is ever held as numbers.
 #include "enginepost/matmul.h"
+
+#include <algorithm>
 
 #include "dispatch.h"
 #include "enginepost/nf4.h"
@@ -49,8 +51,8 @@ struct Matmul {
   bool turned = false;  // c^T is wanted: row i of the product is column i of c
 };
 
-constexpr int64_t A_BYTES = 32 << 20;  // packed rows of a at a time
-constexpr int64_t B_BYTES = 3 << 18;   // one thread's packed block of b: well inside a second-level cache of 1 to 2 MB
+constexpr int64_t A_BYTES = 32 << 20;                  // packed rows of a at a time
+constexpr int64_t B_BYTES = 3 << 17;                   // one thread's packed block of b: inside a second-level cache of 512 KB
 constexpr int64_t A_ALIGN = 14 * 6 * 4, B_ALIGN = 32;  // multiples of every instruction set's tile
 constexpr int64_t DEPTH = 512;                         // products in one run, at most
 constexpr int64_t FEW_ROWS = 16, FEW_ALIGN = 16;       // rows that are not packed, and what their depth is padded to
@@ -78,6 +80,9 @@ EP_KERNEL(matmul, Matmul)
 
 namespace ep {
 namespace EP_ISA {
+
+constexpr int64_t GROUP = 72 / MR;        // panels of a that a panel of b is used for before the next one comes
+constexpr int64_t GROUP_BYTES = 3 << 16;  // and their bytes at most, unless one has more: inside a second-level cache, beside b
 
 static_assert(A_ALIGN % MR == 0 && B_ALIGN % NR == 0, "blocks hold whole panels");
 
@@ -164,24 +169,9 @@ static inline Filled filled(const float *panel, int64_t k) {
   return lines;
 }
 
-// c tile (rows, cols) (+)= a panel (k, MR) times b panel (k, NR), k both depths, of the second only the filled lines; with `turned`
-// it is c that has cols rows.
+// c tile (rows, cols) = or += what is in `sum` (MR, NR); with `turned` it is c that has cols rows.
 template <class C>
-static inline void tile(const int64_t *depth, const Filled &second, const float *a, const float *b, C *c, int64_t c_row, int rows,
-                        int cols, bool accumulate, bool turned) {
-  alignas(64) float sum[MR * NR];
-  bool begun = false;
-  for (int part = 0; part < 2; part++) {
-    if (part == 1) a += second.first * MR, b += second.first * NR;
-    const int64_t k = part == 0 ? depth[0] : second.last - second.first;
-    const int64_t runs = chunks(k, DEPTH), run = runs > 0 ? chunks(k, runs) : 0;
-    for (int64_t p = 0; p < k; p += run, begun = true) {
-      const int64_t steps = least(run, k - p);
-      begun ? micro<1, MR, true>(steps, a, b, NR, sum, NR) : micro<1, MR, false>(steps, a, b, NR, sum, NR);
-      a += steps * MR, b += steps * NR;
-    }
-  }
-  if (!begun) micro<1, MR, false>(0, a, b, NR, sum, NR);
+static inline void put_tile(const float *sum, C *c, int64_t c_row, int rows, int cols, bool accumulate, bool turned) {
   if (turned) {
     for (int j = 0; j < cols; j++, c += c_row) {
       for (int i = 0; i < rows; i++) from_float(accumulate ? to_float(c[i]) + sum[i * NR + j] : sum[i * NR + j], c + i);
@@ -192,6 +182,29 @@ static inline void tile(const int64_t *depth, const Filled &second, const float 
     const float *line = sum + i * NR;
     each(cols, [&](int64_t j, int n) { put(c + j, accumulate ? get(c + j, n) + get(line + j, N) : get(line + j, N), n); });
   }
+}
+
+// sums (count, MR, NR) = count panels of a, each (k, MR), times one panel of b (k, NR), k both depths, of the second only the
+// filled lines. A run of b's panel fits the first-level cache, and all panels of a pass over it before the next run.
+static inline void multiply(const int64_t *depth, const Filled &second, const float *a, int64_t count, const float *b,
+                            float *sums) {
+  const int64_t a_panel = (depth[0] + depth[1]) * MR;
+  bool begun = false;
+  for (int part = 0; part < 2; part++) {
+    if (part == 1) a += second.first * MR, b += second.first * NR;
+    const int64_t k = part == 0 ? depth[0] : second.last - second.first;
+    const int64_t runs = chunks(k, DEPTH), run = runs > 0 ? chunks(k, runs) : 0;
+    for (int64_t p = 0; p < k; p += run, begun = true) {
+      const int64_t steps = least(run, k - p);
+      for (int64_t i = 0; i < count; i++) {
+        float *sum = sums + i * MR * NR;
+        const float *lines = a + i * a_panel;
+        begun ? micro<1, MR, true>(steps, lines, b, NR, sum, NR) : micro<1, MR, false>(steps, lines, b, NR, sum, NR);
+      }
+      a += steps * MR, b += steps * NR;
+    }
+  }
+  for (int64_t i = 0; i < count && !begun; i++) micro<1, MR, false>(0, a, b, NR, sums + i * MR * NR, NR);
 }
 
 template <class C>
@@ -222,13 +235,18 @@ static void product(const Matmul &g) {
         pack<NR>(g.b, false, g.depth, j, n1, panel);
         second[(j - n0) / NR] = filled(panel + g.depth[0] * NR, g.depth[1]);
       }
-      for (int64_t i = first; i < least(panels, first + row_panels); i++) {
-        const int64_t row = m0 + i * MR;
-        C *c = reinterpret_cast<C *>(g.c) + (g.turned ? row : row * g.c_row);
-        const int64_t c_col = g.turned ? g.c_row : 1;
+      const int64_t last = least(panels, first + row_panels), fitting = GROUP_BYTES / 4 / (MR * std::max<int64_t>(k, 1));
+      const int64_t group = std::max<int64_t>(1, least(GROUP, fitting));
+      alignas(64) float sums[GROUP * MR * NR];
+      for (int64_t i0 = first; i0 < last; i0 += group) {
+        const int64_t count = least(group, last - i0);
         for (int64_t j = n0; j < n1; j += NR) {
-          tile(g.depth, second[(j - n0) / NR], pack_a + i * MR * k, mine + (j - n0) * k, c + j * c_col, g.c_row,
-               int(least(MR, m1 - row)), int(least(NR, n1 - j)), g.accumulate, g.turned);
+          multiply(g.depth, second[(j - n0) / NR], pack_a + i0 * MR * k, count, mine + (j - n0) * k, sums);
+          for (int64_t i = 0; i < count; i++) {
+            const int64_t row = m0 + (i0 + i) * MR;
+            C *c = reinterpret_cast<C *>(g.c) + (g.turned ? row + j * g.c_row : row * g.c_row + j);
+            put_tile(sums + i * MR * NR, c, g.c_row, int(least(MR, m1 - row)), int(least(NR, n1 - j)), g.accumulate, g.turned);
+          }
         }
       }
     });

@@ -43,6 +43,14 @@ void merge_weighted_sum(const MergeWeightedSum &a) {
   }
 }
 
+#if defined(__AVX2__)
+static inline double sum_of_lanes(__m256d low, __m256d high) {
+  double half[4];
+  _mm256_storeu_pd(half, _mm256_add_pd(low, high));
+  return (half[0] + half[2]) + (half[1] + half[3]);
+}
+#endif
+
 // sum of x y over a tile: eight lanes of double. Products of floats are exact in double, so that fma gives the same bits.
 static inline double dot_tile(const float *x, const float *y) {
 #if defined(__AVX2__)
@@ -51,15 +59,32 @@ static inline double dot_tile(const float *x, const float *y) {
     low = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(x + j)), _mm256_cvtps_pd(_mm_loadu_ps(y + j)), low);
     high = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm_loadu_ps(x + j + 4)), _mm256_cvtps_pd(_mm_loadu_ps(y + j + 4)), high);
   }
-  double half[4];
-  _mm256_storeu_pd(half, _mm256_add_pd(low, high));
-  return (half[0] + half[2]) + (half[1] + half[3]);
+  return sum_of_lanes(low, high);
 #else
   double lane[8] = {};
   for (int j = 0; j < TILE; j += 8) {
     for (int l = 0; l < 8; l++) lane[l] += double(x[j + l]) * double(y[j + l]);
   }
   return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+#endif
+}
+
+// part[0] += x x, part[2] += y x, part[3] += y y over a tile, each widened once.
+static inline void dots_of_two(const float *x, const float *y, double *part) {
+#if defined(__AVX2__)
+  const __m256d zero = _mm256_setzero_pd();
+  __m256d xx[2] = {zero, zero}, xy[2] = {zero, zero}, yy[2] = {zero, zero};
+  for (int j = 0; j < TILE; j += 8) {
+    for (int h = 0; h < 2; h++) {
+      const __m256d u = _mm256_cvtps_pd(_mm_loadu_ps(x + j + 4 * h)), v = _mm256_cvtps_pd(_mm_loadu_ps(y + j + 4 * h));
+      xx[h] = _mm256_fmadd_pd(u, u, xx[h]), xy[h] = _mm256_fmadd_pd(u, v, xy[h]), yy[h] = _mm256_fmadd_pd(v, v, yy[h]);
+    }
+  }
+  part[0] += sum_of_lanes(xx[0], xx[1]);
+  part[2] += sum_of_lanes(xy[0], xy[1]);
+  part[3] += sum_of_lanes(yy[0], yy[1]);
+#else
+  part[0] += dot_tile(x, x), part[2] += dot_tile(y, x), part[3] += dot_tile(y, y);
 #endif
 }
 
@@ -71,6 +96,12 @@ void merge_gram(const MergeGram &a) {
     for (int i = 0; i < a.count * a.count; i++) part[i] = 0;
     for (int64_t at = block; at < end; at += TILE) {
       const int n = int(end - at < TILE ? end - at : TILE);
+      if (a.count == 2) {
+        load_delta(a.x[0], a.base, at, n, d[0]);
+        load_delta(a.x[1], a.base, at, n, d[1]);
+        dots_of_two(d[0], d[1], part);
+        continue;
+      }
       for (int i = 0; i < a.count; i++) {
         load_delta(a.x[i], a.base, at, n, d[i]);
         for (int j = 0; j <= i; j++) part[i * a.count + j] += dot_tile(d[i], d[j]);

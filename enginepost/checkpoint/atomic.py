@@ -24,12 +24,13 @@ def check_space(directory: Path, size: int, target: Path) -> None:
     free = shutil.disk_usage(directory).free
     if size > free:
         raise CheckpointError(
-            f"{target}: not enough disk space: {size} bytes are needed ({_readable(size)}) and {free} are free "
-            f"({_readable(free)}). Free some, or write to another disk; nothing was changed."
+            f"{target}: not enough disk space: {size} bytes are needed ({readable(size)}) and {free} are free "
+            f"({readable(free)}). Free some, or write to another disk; nothing was changed."
         )
 
 
-def _readable(size: int) -> str:
+def readable(size: int) -> str:
+    """A number of bytes for people."""
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 
 from enginepost.checkpoint import Checkpoint, CheckpointError, copy_side_files, fuse, write_bytes, write_json
-from enginepost.checkpoint.atomic import make_directory
+from enginepost.checkpoint.atomic import make_directory, readable
 from enginepost.device import choose
 from enginepost.errors import EnginepostError
 from enginepost.merge import card
 from enginepost.merge.executor import Limits, Progress, execute, limits
 from enginepost.merge.models import Model, in_4_bits, locate, open_model, set_layers, text_config
-from enginepost.merge.output import DiskError, Output, claim, clear, discard, partial_directory, read_journal
+from enginepost.merge.output import JOURNAL, DiskError, Output, claim, clear, discard, partial_directory, read_journal
 from enginepost.merge.plan import Task, make_tasks
 from enginepost.merge.recipe import ModelRef, Recipe, read_recipes
-from enginepost.merge.registry import MergeError
+from enginepost.merge.registry import METHODS, MergeError
 from enginepost.merge.tokens import read_tokens
 from enginepost.merge.vocabulary import Vocabulary, build, rearrange
 
@@ -60,8 +60,10 @@ class MergeReport:
 
     def text(self, dry_run: bool = False) -> str:
         """A few lines for people."""
-        size = f"{self.tensors} tensors, {self.read / 1e9:.2f} GB in, {self.written / 1e9:.2f} GB out"
-        work = f"{self.method} of {', '.join(self.models)}: {size}"
+        work = f"{self.method} of {', '.join(self.models)}"
+        if not self.tensors:  # the notes say why
+            return f"{self.directory}: {work}"
+        work += f": {self.tensors} tensors, {readable(self.read)} in, {readable(self.written)} out"
         if not dry_run:
             kept = f", {self.resumed} tensors kept from an earlier attempt" if self.resumed else ""
             rate = (
@@ -71,10 +73,15 @@ class MergeReport:
             )
             return f"{self.directory}: {work}{rate}{kept}"
         lines = [f"would write {self.directory}: {work}, {self.threads} threads, chunks of {self.chunk} elements"]
+        usual = {p.name: p.default for p in METHODS[self.method].parameters}
         for task in self.tasks[:: max(1, len(self.tasks) // 8)]:
-            lines.append(
-                f"  {task.name} {list(task.shape)} {str(task.dtype).removeprefix('torch.')}  {task.parameters}"
-            )
+            set_here = [
+                f"{name} {value}"
+                for name, value in task.parameters.items()
+                if any(v != usual[name] for v in (value if isinstance(value, list) else [value]))
+            ]
+            dtype = str(task.dtype).removeprefix("torch.")
+            lines.append(f"  {task.name} {list(task.shape)} {dtype}  {', '.join(set_here)}".rstrip())
         return "\n".join(lines)
 
 
@@ -126,7 +133,7 @@ def merge(
         directory = out if document is final else parts / str(document.name)
         if dry_run and any(ref.path in earlier for ref in document.references()):
             document.notes.append(
-                "uses an earlier merge of this file, which a dry run does not make; not checked further."
+                f"{directory} uses an earlier merge of this file, which a dry run does not make; it is not checked further."
             )
             reports.append(
                 MergeReport(
@@ -183,10 +190,12 @@ def _merge_one(
     started = time.perf_counter()
     places = {ref: locate(ref, recipe.file, earlier) for ref in recipe.references()}
     fingerprint = _fingerprint(recipe, places, seed, shard_bytes)
-    if directory is not out and _made(directory, fingerprint):
-        return MergeReport(
-            directory, recipe.method.name, [str(r) for r in places], 0, 0, 0, 0, 0, notes=["was there already"]
-        )
+    if _made(directory, fingerprint):
+        (directory / JOURNAL).unlink(
+            missing_ok=True
+        )  # there if the process was killed right after it had put OUT in place
+        note = f"{directory} was there already: the same recipe, options and inputs. Nothing was done."
+        return MergeReport(directory, recipe.method.name, [str(r) for r in places], 0, 0, 0, 0, 0, notes=[note])
     _check_output(directory, places, dry_run)
     if dequantize and not dry_run:
         copies = _dequantized(places, directory.with_name(f".{directory.name}.dequantized-{fingerprint[:12]}"), recipe)

@@ -10,7 +10,7 @@ from enginepost.errors import EnginepostError
 from enginepost.plan import choose
 from enginepost.plan.block import ITEMS
 from enginepost.plan.machine import Machine, gpu, size, this_machine
-from enginepost.plan.memory import Peak, Setup, step_peak
+from enginepost.plan.memory import PROCESS, Peak, Setup, step_peak
 from enginepost.plan.setup import config_of, setup_of
 from enginepost.plan.speed import step_seconds
 from enginepost.recipe import Recipe, load_recipe
@@ -122,7 +122,7 @@ class Plan:
                 f"{_number(self.change.seconds)} s a step{note}"
             )
         else:
-            found.append(_nothing(self.recipe, self.setup))
+            found.append(_nothing(self.setup, self.machine))
         if self.utmost is not None:
             tokens, choice = self.utmost
             keys = choose.described(
@@ -254,7 +254,10 @@ def stated(recipe: Recipe) -> float | None:
     return None if said in (None, "auto") else size(said)
 
 
-def _nothing(recipe: Recipe, setup: Setup) -> str:
+def _nothing(setup: Setup, machine: Machine) -> str:
+    alone = PROCESS[machine.device] * choose.MARGIN[machine.device]
+    if machine.memory is not None and machine.memory < alone:
+        return f"no run fits: Python, torch and the driver alone take {_gb(alone)} GB"
     if setup.full:
         return (
             "no switch makes it fit; train an adapter instead of all weights (`lora: {r: 16}`), or take a smaller model"

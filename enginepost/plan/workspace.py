@@ -35,7 +35,7 @@ def standing(s: "Setup") -> float:
         (rows, 2 * spec.intermediate_size),
         (rows, spec.intermediate_size),
     )
-    packed = max(min(32e6 / 4, n * k) for n, k in products) + s.threads * 0.75e6 / 4
+    packed = max(min(32e6 / 4, n * k) for n, k in products) + s.threads * (3 << 17) / 4
     return 4.0 * max(head + s.threads * 1e5, attention + s.threads * 2e5, packed)
 
 

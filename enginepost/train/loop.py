@@ -31,7 +31,7 @@ from enginepost.model.residency import WeightsError
 from enginepost.model.spec import ModelSpec
 from enginepost.recipe import Recipe, load_recipe
 from enginepost.train import budget, methods, weights
-from enginepost.train.heap import give_back
+from enginepost.train.heap import LARGE, SMALL, give_back
 from enginepost.train.methods.method import Method, Metrics, MicroBatch, Work, add_metrics, mean_metrics
 from enginepost.train.monitor import Monitor, SpikeWatch, memory_used
 from enginepost.train.optimizer import AdamW, NotFinite
@@ -76,8 +76,8 @@ def _train(recipe: Recipe, run: RunDirectory, command: str) -> None:
     device = choose(recipe.device, say=print)
     recipe = recipe.model_copy(update={"device": str(device)})
     method = methods.create(recipe)
-    give_back()
     method.recipe = recipe = budget.settle(recipe, say=print)
+    give_back(SMALL if recipe.checkpointing else LARGE)
     with budget.guarded(recipe), deterministic(device):
         _steps(recipe, run, method, command)
 

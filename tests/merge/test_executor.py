@@ -140,6 +140,17 @@ def test_dry_run_writes_nothing(family, write, tmp_path) -> None:  # type: ignor
     assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yaml"]
 
 
+def test_a_finished_merge_is_not_made_again(family, write, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    recipe = write(two(family, "ties"))
+    merge(recipe, tmp_path / "out")
+    before = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
+    [report] = merge(recipe, tmp_path / "out")
+    assert "was there already" in report.notes[0] and report.tensors == 0
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(MergeError, match="not an empty directory"):
+        merge(recipe, tmp_path / "out", seed=1)
+
+
 def test_trim_over_the_model(family, write, tmp_path) -> None:  # type: ignore[no-untyped-def]
     """trim: model keeps the largest changes of all tensors together, every tie included."""
     merge(write(two(family, "ties", "{trim: model, normalize: false}", "weight: 1.0, density: 0.3")), tmp_path / "out")

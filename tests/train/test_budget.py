@@ -42,6 +42,8 @@ def test_what_the_recipe_says_itself_stays() -> None:
 def test_a_budget_that_nothing_fits_is_refused_with_the_plan() -> None:
     with pytest.raises(EnginepostError, match=r"(?s)the run needs .* GB, in .*does not fit in 0\.50 GB"):
         settled(load_recipe({**BIG, "memory": "500MB"}))
+    with pytest.raises(EnginepostError, match=r"no run fits: Python, torch and the driver alone take 0\.26 GB"):
+        settled(load_recipe({**BIG, "memory": "200MB"}))
 
 
 @pytest.mark.parametrize("wrong", ["plenty", True, -3, "12 parsecs", "0GB"])

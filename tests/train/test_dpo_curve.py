@@ -67,4 +67,6 @@ def test_loss_curve_is_that_of_trl(tmp_path: pathlib.Path) -> None:
     assert [m["rewards/accuracies"] for m in lines] == pytest.approx(expected["rewards/accuracies"])
     assert [m["logps/chosen"] for m in lines] == pytest.approx(expected["logps/chosen"], abs=2e-2)
     assert [m["logps/rejected"] for m in lines] == pytest.approx(expected["logps/rejected"], abs=2e-2)
+    for name in ("logits/chosen", "logits/rejected", "entropy"):
+        assert [m[name] for m in lines] == pytest.approx(expected[name], abs=2e-3), name
     assert [m["grad_norm"] for m in lines] == pytest.approx(expected["grad_norm"], rel=5e-3)
