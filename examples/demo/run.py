@@ -6,6 +6,8 @@
 2. The base is trained on raw text (`method: pretrain`; continued pre-training is the same call with a base of one's own).
 3. It is fine-tuned on instructions with LoRA (`method: sft`).
 4. Both answer questions that no instruction has asked, and the answers are checked by computing them.
+5. The assistant answers instructions at a temperature at which it errs; right and wrong answers to one question become pairs, and it
+   is aligned with them (`method: dpo`). Measured before and after on the questions of 4, at that temperature.
 
 Everything lands in OUT (default runs/demo) in the field's own formats.
 """
@@ -30,6 +32,7 @@ from enginepost.data.chat import HOME as TEMPLATES
 from enginepost.model import create_model, save_model
 
 HELD_OUT, SHOWN = 60, 6
+TEMPERATURE, SAMPLES = 1.5, 8  # of the answers that become pairs
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -95,6 +98,46 @@ def answers(model: str | pathlib.Path, asked: list[Question], adapter: str | Non
     return loaded.generate(messages=[as_messages(q, answer=False) for q in asked], max_new_tokens=40)
 
 
+def sampled(model: pathlib.Path, adapter: str, asked: list[Question], seed: int) -> list[list[str]]:
+    """SAMPLES answers to every question."""
+    loaded = enginepost.load(model, adapter=adapter, dtype="float32")
+    every = [as_messages(q, answer=False) for q in asked for _ in range(SAMPLES)]
+    replies = loaded.generate(messages=every, max_new_tokens=40, temperature=TEMPERATURE, seed=seed)
+    return [replies[i : i + SAMPLES] for i in range(0, len(replies), SAMPLES)]
+
+
+def preferences(asked: list[Question], replies: list[list[str]]) -> list[dict]:
+    """The right answer of each question beside up to three of its wrong ones, as the verifier sees them."""
+    pairs = []
+    for q, said in zip(asked, replies, strict=True):
+        right = sorted({r for r in said if q.correct(r)})[:1]
+        wrong = sorted({r for r in said if r and not q.correct(r)})[:3]
+        for answers_ in ((a, b) for a in right for b in wrong):
+            chosen, rejected = ([{"role": "assistant", "content": a}] for a in answers_)
+            pairs.append({"prompt": as_messages(q, answer=False), "chosen": chosen, "rejected": rejected})
+    return pairs
+
+
+def align(out: pathlib.Path, base: pathlib.Path, adapter: str, known: list[Question], held_out: list[Question]) -> dict:
+    """DPO from the adapter on; returns what is measured before and after."""
+    pairs = write_rows(out / "pairs.jsonl", preferences(known, sampled(base, adapter, known, seed=1)))
+    run = train(
+        out / "dpo.yaml",
+        model=str(base), adapter=adapter, data=str(pairs), output=str(out / "dpo"), method="dpo", dtype="fp32",
+        max_length=128, batch_size=4, gradient_accumulation=1, max_steps=60, learning_rate=1e-4, validation=0.1,
+        eval_every=60, checkpointing=False, save_every=500, log_every=10,
+    )  # fmt: skip
+    logged = [json.loads(line) for line in (pathlib.Path(run) / "metrics.jsonl").read_text().splitlines()]
+    last = next(m for m in reversed(logged) if "eval_loss" in m)
+    before, after = (sampled(base, a, held_out, seed=2) for a in (adapter, f"{run}/adapter"))
+    right = [sum(q.correct(r) for q, said in zip(held_out, x, strict=True) for r in said) for x in (before, after)]
+    return {
+        "exact_match": [n / (SAMPLES * len(held_out)) for n in right],
+        "rewards/margins": [logged[0]["rewards/margins"], last["eval_rewards/margins"]],
+        "rewards/accuracies": [logged[0]["rewards/accuracies"], last["eval_rewards/accuracies"]],
+    }
+
+
 def main(out: pathlib.Path) -> None:
     began = time.perf_counter()
     shutil.rmtree(out, ignore_errors=True)
@@ -131,16 +174,29 @@ def main(out: pathlib.Path) -> None:
     right = [[q.correct(reply) for q, reply in zip(held_out, replies, strict=True)] for replies in (before, after)]
     report(held_out, before, after)
     score = {"base": sum(right[0]) / HELD_OUT, "tuned": sum(right[1]) / HELD_OUT}
-    (out / "metrics.json").write_text(json.dumps({"exact_match": score, "held_out": HELD_OUT}, indent=2) + "\n")
-    fuse(base, adapter, out / "assistant")
-    seconds = time.perf_counter() - began
     console.print(
         f"\nexact match on held-out questions: base [bold]{score['base']:.0%}[/bold], "
-        f"fine-tuned [bold green]{score['tuned']:.0%}[/bold green]   ({seconds:.0f} s in all)\n"
+        f"fine-tuned [bold green]{score['tuned']:.0%}[/bold green]\n"
     )
+
+    console.rule("5  preferences: its own answers, right beside wrong")
+    aligned = align(out, base, adapter, known, held_out)
+    (out / "metrics.json").write_text(
+        json.dumps({"exact_match": score, "held_out": HELD_OUT, "dpo": aligned}, indent=2) + "\n"
+    )
+    fuse(base, str(out / "dpo" / "adapter"), out / "assistant")
+    table = Table("DPO", "before", "after", box=None, pad_edge=False)
+    table.add_row(
+        f"exact match at temperature {TEMPERATURE}, {SAMPLES} answers a question",
+        *(f"{x:.0%}" for x in aligned["exact_match"]),
+    )
+    for name in ("rewards/margins", "rewards/accuracies"):  # of two equal policies: zero
+        table.add_row(f"{name} of pairs held out", *(f"{x:.2f}" for x in aligned[name]))
+    console.print(table)
+    console.print(f"\n{time.perf_counter() - began:.0f} s in all\n")
     console.print(
         f"base model       {base}   (Hugging Face)\n"
-        f"adapter          {adapter}   (PEFT)\n"
+        f"adapters         {adapter}, {out / 'dpo' / 'adapter'}   (PEFT)\n"
         f"fused assistant  {out / 'assistant'}\n"
         f"metrics          {tuned}/metrics.jsonl, {out / 'metrics.json'}\n",
         soft_wrap=True,
