@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
+from enginepost import kernels
+
 NAME = "pretend"
 aten = torch.ops.aten
 waits: list[str] = []  # names of the operations that made the host wait
@@ -300,20 +302,7 @@ def present() -> Iterator[torch.device]:
     """Within, tensors may be made on `DEVICE`, and the CPU's kernels take them."""
     waits.clear()
     memory.most, memory.most_allowed = memory.now, float("inf")
-    names = (
-        "attention",
-        "linear_logprob",
-        "linear_kl",
-        "lora",
-        "norm",
-        "rope",
-        "glu",
-        "adamw",
-        "nf4",
-        "matmul",
-        "merge",
-    )
-    modules = [importlib.import_module(f"enginepost.kernels.{name}").__dict__ for name in names]
+    modules = [importlib.import_module(f"enginepost.kernels.{name}").__dict__ for name in kernels.FAMILIES]
     before = [(m, {n: m[n] for n in ("native", "to_dlpack") if n in m}) for m in modules]
     for m, found in before:
         m.update({name: _patched(name, function) for name, function in found.items()})

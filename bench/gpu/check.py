@@ -37,6 +37,8 @@ import threading
 import time
 from collections.abc import Iterable
 
+from bench.__main__ import write
+
 ROOT = pathlib.Path(__file__).parents[2]
 OUT = ROOT / "build" / "gpu"
 SECONDS = 570.0
@@ -261,17 +263,13 @@ def note(section: str, outcome: str, seconds: float, machine: Machine) -> None:
         "unit": "s",
         "ours": seconds,
     }
-    write(path, [*rows, {**row, "threads": os.cpu_count(), "date": now}])
+    write(str(path), [*rows, {**row, "threads": os.cpu_count(), "date": now}])
 
 
 def collect() -> None:
     """All sections' rows in one file."""
     found = [row for path in sorted((OUT / "rows").glob("*.json")) for row in json.loads(path.read_text())]
-    write(OUT / "rows.json", found)
-
-
-def write(path: pathlib.Path, rows: list[dict[str, object]]) -> None:
-    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    write(str(OUT / "rows.json"), found)
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ def trainee(s: Setup, config: dict[str, Any], device: torch.device, block: Block
     try:
         yield made
     finally:
-        made.model = made.optimizer = None  # type: ignore[assignment]
+        made.model = made.optimizer = None  # type: ignore[assignment]  # the caller's `as` still holds `made`
         gc.collect()
         made.api.empty_cache()
         forget_pinned()

@@ -12,6 +12,7 @@
 Everything lands in OUT (default runs/demo) in the field's own formats.
 """
 
+import itertools
 import json
 import pathlib
 import shutil
@@ -112,8 +113,8 @@ def preferences(asked: list[Question], replies: list[list[str]]) -> list[dict]:
     for q, said in zip(asked, replies, strict=True):
         right = sorted({r for r in said if q.correct(r)})[:1]
         wrong = sorted({r for r in said if r and not q.correct(r)})[:3]
-        for answers_ in ((a, b) for a in right for b in wrong):
-            chosen, rejected = ([{"role": "assistant", "content": a}] for a in answers_)
+        for both in itertools.product(right, wrong):
+            chosen, rejected = ([{"role": "assistant", "content": reply}] for reply in both)
             pairs.append({"prompt": as_messages(q, answer=False), "chosen": chosen, "rejected": rejected})
     return pairs
 
@@ -190,8 +191,8 @@ def main(out: pathlib.Path) -> None:
         f"exact match at temperature {TEMPERATURE}, {SAMPLES} answers a question",
         *(f"{x:.0%}" for x in aligned["exact_match"]),
     )
-    for name in ("rewards/margins", "rewards/accuracies"):  # of two equal policies: zero
-        table.add_row(f"{name} of pairs held out", *(f"{x:.2f}" for x in aligned[name]))
+    for name in ("rewards/margins", "rewards/accuracies"):  # before the first step the policy is the reference: zero
+        table.add_row(f"{name} (first step's pairs; pairs held out)", *(f"{x:.2f}" for x in aligned[name]))
     console.print(table)
     console.print(f"\n{time.perf_counter() - began:.0f} s in all\n")
     console.print(
